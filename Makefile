@@ -1,0 +1,47 @@
+# Everything runs from .venv, which these targets create; a fresh machine needs Python >= 3.11 and make.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format types unit bench conformance clean
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+install: $(STAMP) ## Create .venv with the project, torch (CPU) and the tools
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade -c constraints.txt pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf]' --group dev
+	@touch $(STAMP)
+
+demo: $(STAMP) ## Train tables on disk on this machine's own text, against the zero-table control
+	$(BIN)/engram-store demo
+
+test: lint types unit ## Lint, types and every test
+
+lint: $(STAMP) ## ruff: style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP) ## Let ruff rewrite the formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(STAMP) ## mypy, strict
+	$(BIN)/mypy
+
+unit: $(STAMP) ## pytest
+	$(BIN)/pytest -q
+
+bench: $(STAMP) ## The speed of a window and of a commit, beside their references
+	$(BIN)/engram-store bench window
+	$(BIN)/engram-store bench update
+
+conformance: $(STAMP) ## Every golden vector of the published recipes
+	$(BIN)/engram-store conformance tests/golden
+
+clean: ## Remove .venv and caches
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
