@@ -1,0 +1,132 @@
+"""The three things one does with a store directory: create, open, inspect."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram_store.errors import ConfigError, StoreFileError
+from engram_store.layout.create import Normal, Progress, create_store, table_specs
+from engram_store.layout.inspect import StoreDescription, describe
+from engram_store.layout.paths import StorePaths
+from engram_store.recipes import Recipe
+from engram_store.session import SnapshotRef
+from engram_store.types import NonFinitePolicy, OptimizerKind, RowDtype
+
+if TYPE_CHECKING:
+    from engram_store.store import Mode, Store
+
+
+def create(
+    path: str | Path,
+    recipe: Recipe,
+    *,
+    dim: int,
+    dtype: RowDtype | str = RowDtype.BFLOAT16,
+    optimizer: OptimizerKind | str = OptimizerKind.ROWWISE_ADAGRAD,
+    initial: Normal | None = None,
+    stochastic_rounding: bool = True,
+    on_nonfinite: NonFinitePolicy | str = NonFinitePolicy.REJECT,
+    seed: int = 0,
+    per_layer: Mapping[int, Mapping[str, Any]] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Make a store with one table per layer of a recipe.
+
+    Args:
+        path: directory to make.
+        recipe: how tokens become rows; stored with the tables and never derived again.
+        dim: values of a row.
+        dtype: number format of rows.
+        optimizer: decides which state is kept beside rows.
+        initial: `Normal(std, seed)`, or None for zeros, which take no disk until trained.
+        stochastic_rounding: of bfloat16 rows.
+        on_nonfinite: what to do with NaN and infinity in gradients.
+        seed: of stochastic rounding.
+        per_layer: other values of dim, dtype, ... for single layers.
+        progress: called with (bytes written, bytes in all) of initial rows.
+
+    Raises:
+        StoreExistsError, ConfigError, DiskFullError: nothing is left behind.
+    """
+    try:
+        common = {
+            "dtype": RowDtype(dtype),
+            "optimizer": OptimizerKind(optimizer),
+            "stochastic_rounding": stochastic_rounding,
+            "on_nonfinite": NonFinitePolicy(on_nonfinite),
+            "seed": seed,
+        }
+    except ValueError as error:
+        raise ConfigError(
+            f"{error}; dtypes are {[*map(str, RowDtype)]}, optimizers "
+            f"{[*map(str, OptimizerKind)]}, policies {[*map(str, NonFinitePolicy)]}"
+        ) from None
+    tables = table_specs(recipe, dim=dim, overrides=per_layer or {}, **common)
+    create_store(Path(path), recipe, tables, initial=initial, progress=progress)
+
+
+def open(  # noqa: A001 - reads as engram_store.open
+    path: str | Path,
+    mode: "Mode" = "read",
+    *,
+    recipe: Recipe | None = None,
+    snapshot: SnapshotRef | int | None = None,
+    overlay_bytes: int | None = None,
+    memtable_dir: str | Path | None = None,
+    fold_ratio: float = 1.0,
+    allocate: Callable[[int], NDArray[np.uint8]] | None = None,
+) -> "Store":
+    """Open a store.
+
+    Args:
+        path: the store's directory.
+        mode: 'read' serves one snapshot and takes no lock; 'train' is the only writer and
+            continues at the last applied step, whatever happened to the process before.
+        recipe: what the caller believes it to be; anything else is refused.
+        snapshot: for 'read': which one; None is the newest.
+        overlay_bytes: shared memory for updated rows; None: a fifth of the memory limit, at
+            most 1 GiB.
+        memtable_dir: where that memory is; None: /dev/shm, or the store's directory where that
+            is too small.
+        fold_ratio: fold when segments reach this multiple of the base.
+        allocate: makes the buffers rows are gathered into (pinned memory, say).
+
+    Raises:
+        StoreNotFoundError, StoreLockedError, FingerprintMismatchError, SnapshotMismatchError,
+        StoreFileError (damaged or foreign files), CapacityError, ConfigError.
+    """
+    from engram_store.engine import EngineOptions
+    from engram_store.engine.lookup import plain_memory
+    from engram_store.store import Store
+
+    if mode not in ("read", "train"):
+        raise ConfigError(f"mode must be 'read' or 'train', got {mode!r}")
+    options = EngineOptions(
+        overlay_bytes=overlay_bytes,
+        memtable_dir=None if memtable_dir is None else Path(memtable_dir),
+        fold_ratio=fold_ratio,
+    )
+    arguments: dict[str, Any] = {
+        "snapshot": snapshot,
+        "recipe": recipe,
+        "allocate": allocate or plain_memory,
+    }
+    try:
+        return Store(Path(path), mode, options, **arguments)
+    except StoreFileError:
+        if mode == "train" or snapshot is not None:
+            raise
+        # A trainer may have replaced the newest snapshot's files while they were being opened.
+        return Store(Path(path), mode, options, **arguments)
+
+
+def inspect(path: str | Path) -> StoreDescription:
+    """What the store in a directory is, from its files alone; takes no lock.
+
+    Raises:
+        StoreNotFoundError, StoreFileError.
+    """
+    return describe(StorePaths(Path(path)))

@@ -1,0 +1,90 @@
+"""From a window's tokens to its unique rows: hash, remove repeats, gather. One stream per table."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram_store.kernels.rows import deduplicate
+from engram_store.recipes import Recipe
+from engram_store.types import Inverse, RowIds, TokenIds
+
+Allocate = Callable[[int], NDArray[np.uint8]]
+"""Makes a buffer of so many bytes; a trainer with a GPU gives pinned memory."""
+
+
+def plain_memory(size: int) -> NDArray[np.uint8]:
+    """Ordinary memory."""
+    return np.empty(size, np.uint8)
+
+
+class SlotPool:
+    """Buffers for gathered rows, used again and again: a fresh one costs a fault per page."""
+
+    def __init__(self, allocate: Allocate = plain_memory) -> None:
+        self._allocate = allocate
+        self._free: dict[int, list[NDArray[np.uint8]]] = {}
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> NDArray[np.uint8]:
+        """A buffer of at least `size` bytes; its length is a power of two."""
+        length = 1 << max(size - 1, 4095).bit_length()
+        with self._lock:
+            free = self._free.get(length)
+            if free:
+                return free.pop()
+        return self._allocate(length)
+
+    def give_back(self, buffer: NDArray[np.uint8]) -> None:
+        """The buffer may be used for another window."""
+        with self._lock:
+            self._free.setdefault(buffer.size, []).append(buffer)
+
+
+class LookupScratch:
+    """Reused room for hashing and removing repeats; belongs to one stream."""
+
+    def __init__(self) -> None:
+        self._lookups = np.empty(0, np.int32)
+        self._unique = np.empty(0, np.int32)
+        self._slots = np.empty(0, np.int64)
+
+    def _grow(self, n: int) -> None:
+        if self._lookups.size < n:
+            self._lookups = np.empty(n, np.int32)
+            self._unique = np.empty(n, np.int32)
+            self._slots = np.empty(1 << max(2 * n - 1, 1).bit_length(), np.int64)
+
+    def look_up(
+        self,
+        recipe: Recipe,
+        layer: int,
+        tokens: TokenIds,
+        context: TokenIds | None,
+        attention_mask: NDArray[Any] | None,
+    ) -> tuple[RowIds, Inverse]:
+        """Unique rows in order of first look-up, and int32 [batch, time, columns] into them."""
+        shape = (*tokens.shape, recipe.columns)
+        n = int(np.prod(shape))
+        self._grow(n)
+        lookups = self._lookups[:n].reshape(shape)
+        recipe.rows(layer, tokens, context=context, attention_mask=attention_mask, out=lookups)
+        inverse = np.empty(n, np.int32)
+        found = self.deduplicate(lookups.reshape(-1), inverse)
+        return found.copy(), inverse.reshape(shape)
+
+    def merge(self, parts: list[RowIds]) -> tuple[RowIds, list[NDArray[np.int32]]]:
+        """Unique rows of several lists, and each list's positions among them."""
+        together = np.concatenate(parts)
+        self._grow(together.size)
+        positions = np.empty(together.size, np.int32)
+        found = self.deduplicate(together, positions).copy()
+        return found, np.split(positions, np.cumsum([part.size for part in parts[:-1]]))
+
+    def deduplicate(self, rows: RowIds, inverse: Inverse) -> RowIds:
+        """Unique ids in the scratch (valid until the next call); `inverse` is filled."""
+        size = 1 << max(2 * rows.size - 1, 1).bit_length()
+        count = deduplicate(rows, self._slots[:size], self._unique, inverse)
+        return self._unique[:count]

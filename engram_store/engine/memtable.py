@@ -1,0 +1,237 @@
+"""The memtable: the only mutable part of a store, and its own log.
+
+A file in shared memory with, for every table, parallel arrays of row ids, state and rows. A commit
+writes post-images into the next free slots and becomes real by one 8-byte store that selects a
+commit record; slots beyond the record's counts do not exist. After kill -9 the pages are intact
+and in order (the dead process executed its stores in program order), so recovery is reading the
+record: nothing is replayed and nothing can be torn.
+"""
+
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from engram_store.engine.memory import PAGE_BYTES, Mapping
+from engram_store.errors import ConfigError
+from engram_store.layout.manifest import Mark
+from engram_store.types import TableSpec
+
+MAX_TABLES = 128
+MAX_MARKS = 32
+_MAGIC = b"ENGRMEM1"
+
+_IDENTITY = np.dtype(
+    [
+        ("magic", "S8"),
+        ("store_id", "S32"),
+        ("boot_id", "S36"),
+        ("lineage", "<u8"),
+        ("layout", "<u8"),
+        ("capacity", "<u8"),
+        # Written last when a memtable is opened, zeroed first when it is let go.
+        ("number", "<u8"),
+    ]
+)
+_MARK = np.dtype([("session", "S32"), ("epoch", "<u8"), ("step", "<u8"), ("part", "<u8")])
+_RECORD = np.dtype(
+    [
+        ("sequence", "<u8"),
+        ("step", "<u8"),
+        ("counts", "<u8", (MAX_TABLES,)),
+        ("mark_count", "<u8"),
+        ("marks", _MARK, (MAX_MARKS,)),
+        ("checksum", "<u8"),
+    ]
+)
+_PUBLISHED_OFFSET = 512
+_RECORD_OFFSETS = (PAGE_BYTES, 2 * PAGE_BYTES)
+_DATA_OFFSET = 3 * PAGE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """What a commit record says."""
+
+    step: int
+    counts: tuple[int, ...]
+    """Slots used, by table."""
+    marks: tuple[Mark, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TableSlots:
+    """One table's arrays in a memtable, `capacity` slots each."""
+
+    ids: NDArray[np.int32]
+    rows: NDArray[Any]
+    """Storage dtype [capacity, dim]."""
+    state: NDArray[np.float32]
+    """[capacity, state width]."""
+
+
+def boot_id() -> str:
+    """Changes with every boot of the machine: shared memory of another boot is gone."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def slot_bytes(specs: list[TableSpec]) -> int:
+    """Bytes of one slot, all tables together."""
+    return sum(4 + spec.state_bytes + spec.row_bytes for spec in specs)
+
+
+def _offsets(specs: list[TableSpec], capacity: int) -> tuple[list[tuple[int, int, int]], int]:
+    """Offsets of (ids, state, rows) of every table, page-aligned, and the file's length."""
+    offsets, position = [], _DATA_OFFSET
+    for spec in specs:
+        triple = []
+        for width in (4, spec.state_bytes, spec.row_bytes):
+            triple.append(position)
+            position += -(-capacity * width // PAGE_BYTES) * PAGE_BYTES
+        offsets.append((triple[0], triple[1], triple[2]))
+    return offsets, position
+
+
+def memtable_bytes(specs: list[TableSpec], capacity: int) -> int:
+    """Length of a memtable's file."""
+    return _offsets(specs, capacity)[1]
+
+
+class Memtable:
+    """One memtable file. `number` 0 means that it holds nothing."""
+
+    def __init__(self, path: Path, specs: list[TableSpec], capacity: int) -> None:
+        """Map the file, making it if it is not there; its memory is reserved and faulted in."""
+        if len(specs) > MAX_TABLES:
+            raise ConfigError(f"a store has at most {MAX_TABLES} tables, got {len(specs)}")
+        self.path, self.capacity = path, capacity
+        self._specs = specs
+        offsets, length = _offsets(specs, capacity)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            # Reserved now: on a full tmpfs a later store would be SIGBUS, this is an error.
+            os.posix_fallocate(fd, 0, length)
+            self._mapping = Mapping.of_shared_file(fd, length, path)
+        finally:
+            os.close(fd)
+        self._mapping.populate()
+        self._identity = self._mapping.view(_IDENTITY, 0, (1,))[0]
+        self._published = self._mapping.view("<u8", _PUBLISHED_OFFSET, (1,))
+        self._records = [self._mapping.view(_RECORD, offset, (1,))[0] for offset in _RECORD_OFFSETS]
+        self.tables = [
+            TableSlots(
+                ids=self._mapping.view("<i4", ids, (capacity,)),
+                state=self._mapping.view("<f4", state, (capacity, spec.state_width)),
+                rows=self._mapping.view(spec.dtype.storage, rows, (capacity, spec.dim)),
+            )
+            for spec, (ids, state, rows) in zip(specs, offsets, strict=True)
+        ]
+
+    @property
+    def number(self) -> int:
+        """Grows by one with every memtable opened; 0: empty."""
+        return int(self._identity["number"])
+
+    @property
+    def addresses(self) -> list[tuple[int, int]]:
+        """Address of (rows, state) of every table."""
+        return [(int(t.rows.ctypes.data), int(t.state.ctypes.data)) for t in self.tables]
+
+    def open_as(self, number: int, store_id: str, lineage: int, commit: Commit) -> None:
+        """Start over as memtable `number`, with nothing in it, after `commit`."""
+        self._identity["number"] = 0
+        self._identity["magic"] = _MAGIC
+        self._identity["store_id"] = store_id.encode()
+        self._identity["boot_id"] = boot_id().encode()
+        self._identity["lineage"] = lineage
+        self._identity["layout"] = self._layout()
+        self._identity["capacity"] = self.capacity
+        self._published[0] = 0
+        self.publish(Commit(commit.step, (0,) * len(self.tables), commit.marks))
+        self._identity["number"] = number
+
+    def release(self) -> None:
+        """Its content is sealed elsewhere: hold nothing."""
+        self._identity["number"] = 0
+
+    def publish(self, commit: Commit) -> None:
+        """Make a commit real: fill the record that is not in force, then select it."""
+        sequence = int(self._published[0]) + 1
+        record = self._records[sequence % 2]
+        record["sequence"] = sequence
+        record["step"] = commit.step
+        record["counts"][: len(commit.counts)] = commit.counts
+        record["mark_count"] = len(commit.marks)
+        for i, mark in enumerate(commit.marks):
+            record["marks"][i] = (mark.session.encode(), mark.epoch, mark.step, mark.part)
+        record["checksum"] = _checksum(record)
+        self._published[0] = sequence
+
+    def committed(self) -> Commit:
+        """The commit in force."""
+        record = self._records[int(self._published[0]) % 2]
+        marks = tuple(
+            Mark(
+                session=mark["session"].decode(),
+                epoch=int(mark["epoch"]),
+                step=int(mark["step"]),
+                part=int(mark["part"]),
+            )
+            for mark in record["marks"][: int(record["mark_count"])]
+        )
+        counts = tuple(int(count) for count in record["counts"][: len(self.tables)])
+        return Commit(int(record["step"]), counts, marks)
+
+    def trusted(self, store_id: str, lineage: int) -> bool:
+        """Whether its content belongs to this store, this lineage and this boot, and is whole."""
+        record = self._records[int(self._published[0]) % 2]
+        return bool(
+            self.number
+            and self._identity["magic"] == _MAGIC
+            and self._identity["store_id"] == store_id.encode()
+            and self._identity["boot_id"] == boot_id().encode()
+            and self._identity["lineage"] == lineage
+            and self._identity["layout"] == self._layout()
+            and record["sequence"] == self._published[0]
+            and record["checksum"] == _checksum(record)
+        )
+
+    def _layout(self) -> int:
+        parts = [(s.layer, s.rows, s.row_bytes, s.state_bytes) for s in self._specs]
+        return xxhash.xxh3_64_intdigest(repr((self.capacity, parts)).encode())
+
+    def close(self) -> None:
+        """Unmap; the file stays."""
+        self.tables = []
+        self._records = []
+        del self._identity, self._published
+        self._mapping.close()
+
+
+def stored_capacity(path: Path) -> int | None:
+    """Slots of the memtable in a file; None when there is none or it is something else."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(_IDENTITY.itemsize)
+    except FileNotFoundError:
+        return None
+    if len(header) < _IDENTITY.itemsize:
+        return None
+    identity = np.frombuffer(header, _IDENTITY)[0]
+    if identity["magic"] != _MAGIC or not 0 < int(identity["capacity"]) < 2**31:
+        return None
+    return int(identity["capacity"])
+
+
+def _checksum(record: Any) -> int:
+    return xxhash.xxh3_64_intdigest(record.tobytes()[: -_RECORD["checksum"].itemsize])
+
+
+def new_session_id() -> str:
+    """32 hexadecimal digits."""
+    return uuid.uuid4().hex

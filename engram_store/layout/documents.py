@@ -1,0 +1,66 @@
+"""JSON documents that carry their own digest: manifests and descriptions of sealed files."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from engram_store.errors import ChecksumError, ForeignFileError, StoreFileError, UnknownVersionError
+
+FORMAT_VERSION = 1
+_MAX_BYTES = 64 << 20
+
+
+def canonical(data: Any) -> bytes:
+    """JSON bytes that depend on the content alone: sorted keys, no spaces."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def digest_of(data: Any) -> str:
+    """SHA-256 of the canonical JSON."""
+    return hashlib.sha256(canonical(data)).hexdigest()
+
+
+def encode_document(kind: str, content: dict[str, Any]) -> tuple[bytes, str]:
+    """A readable file and its digest.
+
+    Args:
+        kind: what the document is, checked when it is read.
+        content: JSON types only.
+    """
+    body = {"engram_store": kind, "format_version": FORMAT_VERSION, **content}
+    digest = digest_of(body)
+    return (json.dumps({**body, "digest": digest}, indent=1) + "\n").encode(), digest
+
+
+def read_document(path: Path, kind: str) -> tuple[dict[str, Any], str]:
+    """Content and digest of a document.
+
+    Raises:
+        ForeignFileError: not a document of this kind.
+        UnknownVersionError: written by a newer version.
+        ChecksumError: the content does not match its digest.
+    """
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ForeignFileError(path, f"is larger than any {kind}")
+        body = json.loads(path.read_bytes())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ForeignFileError(
+            path, f"is not JSON ({error}); it was cut off or is foreign"
+        ) from None
+    except FileNotFoundError:
+        raise StoreFileError(path, f"is missing; a store without its {kind} is damaged") from None
+    if not isinstance(body, dict) or body.get("engram_store") != kind:
+        raise ForeignFileError(path, f"is not an engram-store {kind}")
+    version = body.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UnknownVersionError(
+            path,
+            f"has format version {version!r}, this engram-store reads {FORMAT_VERSION}; "
+            "install a newer engram-store",
+        )
+    digest = body.pop("digest", None)
+    if digest != digest_of(body):
+        raise ChecksumError(path, f"the content does not match its digest; the {kind} is damaged")
+    return body, digest

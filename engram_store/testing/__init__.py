@@ -1,0 +1,5 @@
+"""Tools to test engram-store and code that uses it."""
+
+from engram_store.testing.memory import MemorySession
+
+__all__ = ["MemorySession"]
