@@ -1,0 +1,62 @@
+"""The torch side of engram-store: gates, hooks for Hugging Face models, checkpoints.
+
+Names are loaded on first use, so that importing the package does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engram_store_client.conformance import check_gating
+    from engram_store_client.gates import (
+        ConvCarry,
+        DeepSeekV41Gate,
+        EngramGate,
+        EngramPeftGate,
+        Gate,
+        GateConfig,
+        GateKind,
+        QwenPleGate,
+        build_gate,
+    )
+    from engram_store_client.huggingface import attach
+    from engram_store_client.memory import Memory
+    from engram_store_client.transport import connect
+    from engram_store_client.windows import Guards
+
+__all__ = [
+    "ConvCarry",
+    "DeepSeekV41Gate",
+    "EngramGate",
+    "EngramPeftGate",
+    "Gate",
+    "GateConfig",
+    "GateKind",
+    "Guards",
+    "Memory",
+    "QwenPleGate",
+    "attach",
+    "build_gate",
+    "check_gating",
+    "connect",
+]
+
+_HOMES = {
+    "Guards": "windows",
+    "Memory": "memory",
+    "attach": "huggingface",
+    "check_gating": "conformance",
+    "connect": "transport",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = import_module(f"{__name__}.{_HOMES.get(name, 'gates')}")
+    value = globals()[name] = getattr(home, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
