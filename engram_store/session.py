@@ -50,8 +50,9 @@ class Window(Protocol):
     def rows(self, layer: int) -> tuple[RowBlock, Inverse]:
         """The unique rows of one layer, as they are once all earlier steps are applied.
 
-        Waits until they are there. The first array may live in memory that is used again
-        after the step's commit or `close()`; the second is the window's own.
+        Waits until they are there. A window that is only read has the rows as they were at the
+        first call. The first array may live in memory that is used again after the step's commit
+        or `close()`; the second is the window's own.
 
         Returns:
             storage dtype [n, dim], and int32 [batch, time, heads] with values in [0, n): the

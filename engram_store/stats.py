@@ -41,7 +41,7 @@ class TableStats:
     @property
     def resident_share(self) -> float | None:
         """Share of the table's file bytes in memory: the chance that a cold row is a page hit."""
-        return self.resident_bytes / self.mapped_bytes if self.mapped_bytes else None
+        return min(1.0, self.resident_bytes / self.mapped_bytes) if self.mapped_bytes else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,6 +19,7 @@ from engram_store.engine.reader import Reader
 from engram_store.engine.statistics import StoreCounters, TableCounters
 from engram_store.errors import (
     ConfigError,
+    DtypeError,
     DuplicateStepError,
     MissingGradientError,
     ReadOnlyError,
@@ -184,7 +185,7 @@ class Store:
         with self._lock:
             if window in self._windows:
                 self._windows.remove(window)
-        self._summed = None
+        self.forget_sums()
         for layer, lookup in window.lookups.items():
             if self._engine.closed:
                 return
@@ -221,20 +222,21 @@ class Store:
             )
         return {layer: future.result() for layer, future in futures.items()}
 
-    def _all_pushed(self) -> bool:
+    def forget_sums(self) -> None:
+        """Gradients changed since they were summed."""
+        self._summed = None
+
+    def _check_gradients(self) -> None:
         """Raises: MissingGradientError."""
         missing = sorted({layer for window in self._pending() for layer in window.missing()})
         if missing:
             raise MissingGradientError(self.step, missing)
-        return True
 
     def gradient_norm(self) -> float:
         """See `session.Session.gradient_norm`."""
         self._trained()
-        summed = self._sum_gradients()
-        if self._pending() and self._all_pushed():
-            self._summed = summed
-        return math.sqrt(sum(sum_of_squares(part.sums) for part in summed.values()))
+        self._summed = self._sum_gradients()
+        return math.sqrt(sum(sum_of_squares(part.sums) for part in self._summed.values()))
 
     def commit(
         self,
@@ -259,7 +261,7 @@ class Store:
             )
             for layer in self.tables
         }
-        self._all_pushed()
+        self._check_gradients()
         pending, summed = self._pending(), self._sum_gradients()
         updates = [
             TableUpdate(layer, part.rows, part.sums, rule_step(spec, step, hyper[layer]))
@@ -268,7 +270,7 @@ class Store:
         ]
         mark = Mark(session=self._session, epoch=0, step=step)
         engine.commit(step, updates, (mark,))
-        self._summed = None
+        self.forget_sums()
         for window in pending:
             window.close()
         for window in self._pending():
@@ -292,9 +294,23 @@ class Store:
         """Steps that have a snapshot, ascending."""
         return self._engine.paths.snapshot_steps()
 
+    def keep_snapshots(self, newest: int) -> None:
+        """Drop all but the newest snapshots, and the files that only they need.
+
+        Nothing drops snapshots by itself: a checkpoint may name any of them. A kept snapshot
+        keeps its segments and its base generation on disk.
+
+        Raises:
+            ConfigError: fewer than one is to be kept.
+        """
+        if newest < 1:
+            raise ConfigError(f"at least one snapshot is kept, asked for {newest}")
+        self._trained().catalog.keep_snapshots(newest)
+
     def restore(self, snapshot: SnapshotRef | int) -> None:
         """See `session.Session.restore`. Announced windows are closed."""
         engine = self._trained()
+        engine.catalog.find_snapshot(snapshot)  # before anything changes
         with self._lock:
             windows = list(self._windows)
         for window in windows:
@@ -320,7 +336,7 @@ class Store:
             Storage dtype [n, dim], the caller's own.
 
         Raises:
-            RowRangeError, UnknownLayerError, StoreClosedError.
+            RowRangeError, DtypeError, UnknownLayerError, StoreClosedError.
         """
         self.check_open()
         if layer not in self.tables:
@@ -360,6 +376,8 @@ def _rate(lr: float | Mapping[int, float], layer: int) -> float:
 
 
 def _checked_rows(spec: TableSpec, rows: RowIds) -> RowIds:
+    if rows.dtype.kind not in "iu":
+        raise DtypeError("row ids", rows.dtype, "integers")
     for row in (int(rows.min(initial=0)), int(rows.max(initial=0))):
         if not 0 <= row < spec.rows:
             raise RowRangeError(spec.name, row, spec.rows)

@@ -72,6 +72,8 @@ class TableSpec:
     on_nonfinite: NonFinitePolicy = NonFinitePolicy.REJECT
     seed: int = 0
     """Seed of stochastic rounding."""
+    chunk_rows: int | None = None
+    """Rows of a base chunk, a power of two; chosen when the store is created."""
 
     def __post_init__(self) -> None:
         if self.dim < 1:
@@ -81,6 +83,9 @@ class TableSpec:
                 f"a table has 1 to {2**31 - 2**20 - 1:,} rows, got {self.rows:,} for layer "
                 f"{self.layer}; use fewer rows per head"
             )
+        chunk = self.chunk_rows
+        if chunk is not None and (chunk < 1 or chunk & (chunk - 1)):
+            raise ConfigError(f"chunk_rows must be a power of two, got {chunk}")
 
     @property
     def name(self) -> str:

@@ -90,6 +90,7 @@ class StoreWindow:
             raise ProtocolError(f"layer {layer} of this window was pushed before")
         spec = self.store.tables[layer]
         lookup.gradient = check_part(spec, self.step, lookup.found.result()[0], gradients)
+        self.store.forget_sums()
 
     def close(self) -> None:
         """See `session.Window.close`."""

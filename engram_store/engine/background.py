@@ -3,10 +3,9 @@
 A fold that cannot keep up makes commits wait, visibly; it never makes them fail.
 """
 
-import contextlib
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engram_store.engine.catalog import Catalog
 from engram_store.engine.fold import fold_table
@@ -32,6 +31,8 @@ class _Frozen:
     index: int
     number: int
     commit: Commit
+    written: dict[int, tuple[SegmentRef, Live]] = field(default_factory=dict)
+    """Its segments once they are durable: a manifest may name them, so they are written once."""
 
 
 class Background:
@@ -87,15 +88,17 @@ class Background:
     def _seal_memtable(self, frozen: _Frozen, snapshot: bool) -> SnapshotRef | None:
         catalog, memtable = self._catalog, self._memtables[frozen.index]
         specs = [table.spec for table in self._tables.values()]
-        written = write_segments(
-            catalog.paths,
-            catalog.metadata.store_id,
-            specs,
-            memtable.tables,
-            frozen.number,
-            frozen.commit,
-            catalog.counter,
-        )
+        written = frozen.written
+        if not written:
+            written |= write_segments(
+                catalog.paths,
+                catalog.metadata.store_id,
+                specs,
+                memtable.tables,
+                frozen.number,
+                frozen.commit,
+                catalog.counter,
+            )
         failpoint("seal.segments_written")
         refs = {layer: ref for layer, (ref, _) in written.items()}
         ref = catalog.append_segments(frozen.number, frozen.commit, refs, snapshot=snapshot)
@@ -183,10 +186,9 @@ class Background:
     def drain(self) -> None:
         """Wait for seals and folds. Raises: what a seal raises; a failed fold is only logged."""
         self.wait_for_seal()
-        if self._fold is not None:
-            with contextlib.suppress(EngramStoreError, OSError):
-                self._fold.result()
-            self._fold = None
+        # One thread folds, so this also waits for folds that somebody asked for.
+        self._folder.submit(int).result()
+        self._fold = None
 
     def start_over(self) -> None:
         """The tables were filled anew; nothing is under way."""

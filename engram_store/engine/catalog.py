@@ -1,6 +1,7 @@
 """The catalog: which files make up the store now, in memory and as the working manifest on disk."""
 
 import contextlib
+import logging
 import re
 import shutil
 import threading
@@ -11,13 +12,14 @@ from pathlib import Path
 from engram_store.engine.fold import FoldedBase
 from engram_store.engine.memtable import Commit
 from engram_store.engine.table import Table
-from engram_store.errors import SnapshotMismatchError
+from engram_store.errors import SnapshotMismatchError, StoreFileError
 from engram_store.failpoints import failpoint
 from engram_store.layout.arrays import BaseDescription, read_base_description
 from engram_store.layout.files import WriteCounter, sync_directory
 from engram_store.layout.manifest import (
     Manifest,
     SegmentRef,
+    check_owner,
     read_manifest,
     write_current,
     write_snapshot,
@@ -27,6 +29,7 @@ from engram_store.layout.paths import StorePaths
 from engram_store.layout.segments import SegmentFiles, open_segment
 from engram_store.session import SnapshotRef
 
+_logger = logging.getLogger(__name__)
 _GENERATION = re.compile(r"g(\d{4,})")
 _NUMBER = re.compile(r"(\d{6,})")
 
@@ -75,6 +78,7 @@ class Catalog:
         self.counter = WriteCounter()
         self._lock = threading.Lock()
         self.manifest, _ = read_manifest(paths)
+        check_owner(paths.current, self.manifest, metadata.store_id)
         self.bases: dict[int, BaseDescription] = {}
 
     def adopt(self, parts: Mapping[int, TableParts]) -> None:
@@ -85,6 +89,11 @@ class Catalog:
         write_current(self.paths, manifest, self.counter)
         self.manifest = manifest
         return manifest
+
+    def mark(self, *, closed: bool, memtables: str = "") -> None:
+        """Say whether memtables may hold more than the files: at opening and at closing."""
+        with self._lock:
+            self._publish(replace(self.manifest, closed=closed, memtables=memtables))
 
     def append_segments(
         self,
@@ -104,7 +113,8 @@ class Catalog:
                 self.manifest, step=commit.step, sealed=number, marks=tuple(commit.marks)
             )
             for layer, ref in segments.items():
-                have = manifest.table(layer).segments
+                # A seal that failed late and is tried again is here already.
+                have = tuple(s for s in manifest.table(layer).segments if s.number != number)
                 manifest = manifest.with_segments(layer, (*have, ref))
             self._publish(manifest)
             return self._snapshot() if snapshot else None
@@ -132,7 +142,12 @@ class Catalog:
     def _snapshot(self) -> SnapshotRef:
         # Under the lock: a fold must not collect files between here and the manifest's rename.
         manifest = self.manifest
-        digest = write_snapshot(self.paths, manifest, self.counter)
+        if manifest.step in self.snapshots():
+            # The same rows, perhaps in other files: checkpoints go on naming the first manifest.
+            digest = read_manifest(self.paths, manifest.step)[1]
+        else:
+            whole = replace(manifest, closed=True, memtables="")
+            digest = write_snapshot(self.paths, whole, self.counter)
         failpoint("snapshot.published")
         return SnapshotRef(store_id=manifest.store_id, step=manifest.step, digest=digest)
 
@@ -167,11 +182,23 @@ class Catalog:
         if newer:
             sync_directory(self.paths.snapshots)
 
+    def keep_snapshots(self, newest: int) -> None:
+        """Drop all but the newest snapshots, and what only they named."""
+        with self._lock:
+            for step in self.snapshots()[:-newest]:
+                self.paths.snapshot(step).unlink(missing_ok=True)
+            sync_directory(self.paths.snapshots)
+        self.collect_garbage()
+
     def collect_garbage(self) -> None:
         """Remove segments and generations that neither the store nor any snapshot names."""
         with self._lock:
             kept = [self.manifest]
-            kept += [read_manifest(self.paths, step)[0] for step in self.snapshots()]
+            try:
+                kept += [read_manifest(self.paths, step)[0] for step in self.snapshots()]
+            except StoreFileError as error:
+                _logger.warning("old files stay, a damaged snapshot may need them: %s", error)
+                return
             for layer in self.metadata.tables:
                 files = [manifest.table(layer) for manifest in kept]
                 generations = {f.generation for f in files}
@@ -199,6 +226,7 @@ def find_snapshot(
             f"asked for the snapshot at step {step}; store {store_id} has snapshots at steps {have}"
         )
     manifest, digest = read_manifest(paths, step)
+    check_owner(paths.snapshot(step), manifest, store_id)
     if isinstance(wanted, SnapshotRef) and wanted.digest != digest:
         raise SnapshotMismatchError(
             f"the checkpoint names snapshot {wanted.digest[:16]} at step {step}, this store's "

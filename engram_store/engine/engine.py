@@ -107,22 +107,31 @@ class Engine:
         self.stall_seconds = 0.0
         self.closed = False
         self._fill(parts)
+        # Only now: a process that died before this lost nothing.
+        self._mark_open()
 
     def _fill(self, parts: Any) -> None:
         """Read from the given files, with an empty memtable on top."""
         manifest = self.catalog.manifest
-        for table in self.tables.values():
-            fill_table(table, parts[table.spec.layer])
-        for index, memtable in enumerate(self._memtables):
+        for memtable in self._memtables:
             memtable.release()
-            addresses = memtable.addresses
-            for table, pair in zip(self.tables.values(), addresses, strict=True):
-                table.map_memtable(index, pair)
+        for number, table in enumerate(self.tables.values()):
+            # Windows that are only read may be gathered by other threads meanwhile.
+            with table.lock:
+                table.forget()
+                fill_table(table, parts[table.spec.layer])
+                for index, memtable in enumerate(self._memtables):
+                    table.map_memtable(index, memtable.addresses[number])
         self._open_index = 0
         self._commit = Commit(manifest.step, (0,) * len(self.specs), manifest.marks)
         self._memtables[0].open_as(
             manifest.sealed + 1, manifest.store_id, manifest.lineage, self._commit
         )
+
+    def _mark_open(self) -> None:
+        # The parent: the directory's own name tells a store from its copies.
+        parent = self._memtables[0].path.parent.parent.absolute()
+        self.catalog.mark(closed=False, memtables=str(parent))
 
     # ------------------------------------------------------------------ reading
 
@@ -290,10 +299,8 @@ class Engine:
             self.catalog.drop_newer_snapshots()
             failpoint("restore.snapshots_dropped")
             self.catalog.adopt(parts)
-            for table in self.tables.values():
-                with table.lock:
-                    table.forget()
             self._fill(parts)
+            self._mark_open()
             self._background.start_over()
             self.catalog.collect_garbage()
 
@@ -328,6 +335,7 @@ class Engine:
             if self.step not in self.catalog.snapshots():
                 self.snapshot()
             self._background.drain()
+            self.catalog.mark(closed=True)
             sealed = True
         finally:
             self.closed = True

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from engram_store.engine.lookup import LookupScratch
 from engram_store.errors import DtypeError, NonFiniteGradientError, ShapeError
 from engram_store.kernels import gradients as kernels
+from engram_store.kernels.convert import widen_rows
 from engram_store.types import GradientBlock, NonFinitePolicy, RowIds, TableSpec
 
 
@@ -92,7 +93,7 @@ class GradientSummer:
         if gradients.dtype == np.float32:
             return gradients
         sums = self._sums(len(gradients))
-        kernels.widen_rows(gradients, sums)
+        widen_rows(gradients, sums)
         return sums
 
 

@@ -78,13 +78,13 @@ class LookupScratch:
     def merge(self, parts: list[RowIds]) -> tuple[RowIds, list[NDArray[np.int32]]]:
         """Unique rows of several lists, and each list's positions among them."""
         together = np.concatenate(parts)
-        self._grow(together.size)
         positions = np.empty(together.size, np.int32)
         found = self.deduplicate(together, positions).copy()
         return found, np.split(positions, np.cumsum([part.size for part in parts[:-1]]))
 
     def deduplicate(self, rows: RowIds, inverse: Inverse) -> RowIds:
         """Unique ids in the scratch (valid until the next call); `inverse` is filled."""
+        self._grow(rows.size)
         size = 1 << max(2 * rows.size - 1, 1).bit_length()
         count = deduplicate(rows, self._slots[:size], self._unique, inverse)
         return self._unique[:count]

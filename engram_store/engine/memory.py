@@ -102,21 +102,30 @@ def memory_headroom_bytes() -> int:
     return min([available, *(limit - used for limit, used in _cgroup_limits())])
 
 
+def _evictable_bytes(group: Path, prefix: str) -> int:
+    """Page cache of files charged to a cgroup; shared memory is in there too, and stays."""
+    lines = (group / "memory.stat").read_text().splitlines()
+    stat = {name: int(value) for name, value in (line.split() for line in lines)}
+    return stat[f"{prefix}inactive_file"] + stat[f"{prefix}active_file"]
+
+
 def _cgroup_limits() -> Iterator[tuple[int, int]]:
-    """(limit, used) of every memory cgroup above this process, v1 and v2."""
+    """(limit, used without evictable file pages) of every memory cgroup above, v1 and v2."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "memory":
             root, names = Path("/sys/fs/cgroup/memory"), ("limit_in_bytes", "usage_in_bytes")
+            prefix = "total_"
         elif not controllers:
             root, names = Path("/sys/fs/cgroup"), ("max", "current")
+            prefix = ""
         else:
             continue
         group = root / path.lstrip("/")
         while True:
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, KeyError):
                 limit, used = (int((group / f"memory.{name}").read_text()) for name in names)
-                yield limit, used
+                yield limit, used - _evictable_bytes(group, prefix)
             if group == root or root not in group.parents:
                 break
             group = group.parent

@@ -1,5 +1,6 @@
 """Where memtables live and how large they are."""
 
+import errno
 import fcntl
 import logging
 import os
@@ -10,7 +11,12 @@ from pathlib import Path
 from engram_store.engine.memory import memory_headroom_bytes, memory_limit_bytes
 from engram_store.engine.memtable import Memtable, memtable_bytes, slot_bytes
 from engram_store.engine.table import BLOCK_SLOTS
-from engram_store.errors import ConfigError, SharedMemoryFullError, StoreLockedError
+from engram_store.errors import (
+    ConfigError,
+    DiskFullError,
+    SharedMemoryFullError,
+    StoreLockedError,
+)
 from engram_store.layout.paths import StorePaths
 from engram_store.types import TableSpec
 
@@ -91,7 +97,16 @@ def make_memtables(
             directory,
             error,
         )
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        free = shutil.disk_usage(paths.root).free
+        if free < needed:
+            raise DiskFullError(
+                errno.ENOSPC,
+                f"the memtables need {needed:,} bytes, more than shared memory has, and the disk "
+                f"of {paths.root} has {free:,}; lower overlay_bytes or free space",
+            ) from None
+    # The parent too: who may write there could swap a store's directory.
+    for private in (directory.parent, directory):
+        private.mkdir(mode=0o700, parents=True, exist_ok=True)
     return [Memtable(directory / f"memtable-{i}", specs, capacity) for i in range(2)]
 
 

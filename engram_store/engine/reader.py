@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from engram_store.engine.catalog import check_files, fill_table, find_snapshot
 from engram_store.engine.table import Table
+from engram_store.layout.manifest import read_manifest
 from engram_store.layout.metadata import StoreMetadata
 from engram_store.layout.paths import StorePaths
 from engram_store.session import SnapshotRef
@@ -28,7 +29,9 @@ class Reader:
             SnapshotMismatchError, StoreFileError.
         """
         self.paths, self.metadata = paths, metadata
-        steps = paths.snapshot_steps()
+        current, _ = read_manifest(paths)
+        # Later ones than the store itself never happened: a restore is about to remove them.
+        steps = [step for step in paths.snapshot_steps() if step <= current.step]
         wanted = snapshot if snapshot is not None else max(steps, default=0)
         manifest = find_snapshot(paths, metadata.store_id, steps, wanted)
         parts = check_files(paths, metadata, manifest)

@@ -16,6 +16,7 @@ from engram_store.engine.catalog import Catalog
 from engram_store.engine.memtable import Memtable, memtable_bytes, stored_capacity
 from engram_store.engine.placement import disk_directory, shared_directory
 from engram_store.engine.seal import write_segments
+from engram_store.errors import StoreFileError
 from engram_store.types import TableSpec
 
 _logger = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ def recover(catalog: Catalog, chosen: Path | None) -> RecoveryReport:
     paths, store_id = catalog.paths, catalog.metadata.store_id
     specs = list(catalog.metadata.tables.values())
     directories = [shared_directory(paths, store_id, chosen), disk_directory(paths)]
+    if catalog.manifest.memtables:
+        directories.append(shared_directory(paths, store_id, Path(catalog.manifest.memtables)))
     rows, alive = 0, False
     for directory in directories:
         for memtable in _left_behind(catalog, specs, directory):
@@ -65,8 +68,16 @@ def recover(catalog: Catalog, chosen: Path | None) -> RecoveryReport:
             memtable.close()
     kind = RecoveryKind.RECOVERED if alive else RecoveryKind.CLEAN
     catalog.drop_newer_snapshots()
-    newest = catalog.snapshots()[-1]
-    if not alive and catalog.manifest.step != newest:
+    if alive:
+        # Before the memtables go: until the store is open again nothing else tells a later
+        # recovery that no step is missing.
+        catalog.snapshot()
+        catalog.mark(closed=True)
+    snapshots = catalog.snapshots()
+    if not snapshots:
+        raise StoreFileError(paths.snapshots, "holds no snapshot; a store always has one")
+    newest = snapshots[-1]
+    if not alive and not catalog.manifest.closed:
         lost_from = catalog.manifest.step
         catalog.roll_back(catalog.find_snapshot(newest), catalog.manifest.sealed)
         kind = RecoveryKind.ROLLED_BACK
@@ -83,7 +94,10 @@ def recover(catalog: Catalog, chosen: Path | None) -> RecoveryReport:
 
 
 def _left_behind(catalog: Catalog, specs: list[TableSpec], directory: Path) -> list[Memtable]:
-    """Trusted memtables that continue the working manifest, oldest first."""
+    """Trusted memtables that continue the working manifest, oldest first.
+
+    The first may be the one that the manifest ends with: a recovery sealed it and was killed.
+    """
     manifest = catalog.manifest
     found = []
     for path in (directory / "memtable-0", directory / "memtable-1"):
@@ -99,9 +113,9 @@ def _left_behind(catalog: Catalog, specs: list[TableSpec], directory: Path) -> l
     expected = manifest.sealed + 1
     chain = []
     for memtable in found:
-        if memtable.number == expected:
+        if memtable.number in (expected, manifest.sealed):
             chain.append(memtable)
-            expected += 1
+            expected = memtable.number + 1
         else:
             memtable.close()
     return chain
@@ -110,7 +124,8 @@ def _left_behind(catalog: Catalog, specs: list[TableSpec], directory: Path) -> l
 def _seal_now(catalog: Catalog, specs: list[TableSpec], memtable: Memtable) -> int:
     """Seal a memtable that was left behind; returns its rows."""
     commit = memtable.committed()
-    if commit.step == catalog.manifest.step and not any(commit.counts):
+    sealed_before = memtable.number == catalog.manifest.sealed
+    if sealed_before or (commit.step == catalog.manifest.step and not any(commit.counts)):
         return 0
     written = write_segments(
         catalog.paths,

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_store.engine.memory import Mapping
+from engram_store.errors import StoreClosedError
 from engram_store.kernels import rows as kernels
 from engram_store.layout.arrays import ArrayLayout, BaseDescription, table_arrays
 from engram_store.layout.manifest import SegmentRef
@@ -114,6 +115,7 @@ class Table:
         self.paths, self.store_id, self.spec = paths, store_id, spec
         self.lock = threading.Lock()
         self.capacity = capacity
+        self.closed = False
         self._remap_memory = Mapping.of_zeros(4 * spec.rows, writable=True)
         self.remap: NDArray[np.int32] = self._remap_memory.view("<i4", 0, (spec.rows,))
         blocks = np.zeros(max(2 * capacity >> BLOCK_SHIFT, 1), np.int64)
@@ -202,6 +204,8 @@ class Table:
     def gather(self, rows: RowIds, out: list[NDArray[Any]]) -> tuple[int, int]:
         """Copy rows, and their state if `out` has a second array, in request order.
 
+        Raises: StoreClosedError.
+
         Args:
             rows: int32 [n], in range.
             out: rows in storage dtype [n, dim]; optionally state float32 [n, width].
@@ -210,6 +214,8 @@ class Table:
             (rows found in memtables, rows found in segments).
         """
         with self.lock:
+            if self.closed:
+                raise StoreClosedError("the store was closed; open it again")
             if self._places.size < rows.size:
                 self._places = np.empty(2 * rows.size, np.int32)
                 self._addresses = np.empty(2 * rows.size, np.int64)
@@ -275,6 +281,7 @@ class Table:
     def close(self) -> None:
         """Unmap everything."""
         with self.lock:
+            self.closed = True
             self.forget()
             for array in self.arrays:
                 for mapping in array.mappings:

@@ -58,13 +58,3 @@ def sum_of_squares(gradients):
             row += np.float64(gradients[i, k]) * np.float64(gradients[i, k])
         total += row
     return total
-
-
-@njit(**JIT)
-def widen_rows(gradients, out):
-    """float32 values of bfloat16 bits: uint16 [n, dim] to float32 [n, dim]."""
-    n, dim = gradients.shape
-    for i in range(n):
-        source, target = gradients[i], out[i]
-        for k in range(dim):
-            target[k] = widen(source[k])

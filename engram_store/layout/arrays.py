@@ -61,7 +61,7 @@ class ArrayLayout:
 
 
 def chunk_rows_of(spec: TableSpec) -> int:
-    """Rows per chunk, one grid for rows and state."""
+    """Rows per chunk of a new table, one grid for rows and state."""
     widest = max(spec.row_bytes, spec.state_bytes)
     limit = max(MIN_CHUNK_ROWS, 1 << ((MAX_CHUNK_BYTES // widest).bit_length() - 1))
     return min(limit, max(MIN_CHUNK_ROWS, 1 << (spec.rows - 1).bit_length()))
@@ -69,7 +69,7 @@ def chunk_rows_of(spec: TableSpec) -> int:
 
 def table_arrays(spec: TableSpec) -> tuple[ArrayLayout, ...]:
     """The arrays of a table: rows first, then state if its optimiser keeps any."""
-    chunk_rows = chunk_rows_of(spec)
+    chunk_rows = spec.chunk_rows or chunk_rows_of(spec)
     arrays = [
         ArrayLayout(
             name="rows",

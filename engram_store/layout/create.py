@@ -4,7 +4,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from engram_store.layout.arrays import (
     ArrayLayout,
     BaseDescription,
     chunk_identity,
+    chunk_rows_of,
     table_arrays,
     write_base_description,
 )
@@ -30,7 +31,6 @@ from engram_store.layout.files import (
 from engram_store.layout.manifest import Manifest, TableFiles, write_current, write_snapshot
 from engram_store.layout.metadata import StoreMetadata
 from engram_store.layout.paths import StorePaths
-from engram_store.optimizers.reference import narrow
 from engram_store.recipes import Recipe
 from engram_store.types import RowBlock, RowDtype, TableSpec
 
@@ -56,21 +56,25 @@ class Normal:
 
     def rows(self, layer: int, first: int, count: int, spec: TableSpec) -> RowBlock:
         """Rows first..first+count-1 in storage dtype; `first` is a multiple of 2^14."""
-        blocks = []
-        for start in range(first, first + count, _NORMAL_ROWS):
-            stream = np.random.Generator(
-                np.random.PCG64(np.random.SeedSequence([self.seed, layer, start // _NORMAL_ROWS]))
-            )
-            values = stream.standard_normal((_NORMAL_ROWS, spec.dim), np.float32)
-            blocks.append(values[: first + count - start])
-        return narrow(np.concatenate(blocks) * np.float32(self.std), spec.dtype)
+        from engram_store.kernels.convert import narrow_scaled
+
+        rows = np.empty((count, spec.dim), spec.dtype.storage)
+        bits = rows.view(np.int16) if spec.dtype is RowDtype.FLOAT16 else rows
+        values = np.empty((_NORMAL_ROWS, spec.dim), np.float32)
+        for start in range(0, count, _NORMAL_ROWS):
+            block = (first + start) // _NORMAL_ROWS
+            seeds = np.random.SeedSequence([self.seed, layer, block])
+            np.random.Generator(np.random.PCG64(seeds)).standard_normal(out=values, dtype="f4")
+            target = bits[start : start + _NORMAL_ROWS]
+            narrow_scaled(values[: len(target)], np.float32(self.std), target)
+        return rows
 
 
 def table_specs(
     recipe: Recipe, *, dim: int, overrides: Mapping[int, Mapping[str, Any]], **common: Any
 ) -> tuple[TableSpec, ...]:
     """One `TableSpec` per layer of a recipe; `overrides` changes single layers."""
-    return tuple(
+    specs = (
         TableSpec(
             layer=layer.layer,
             rows=layer.stored_rows,
@@ -78,6 +82,8 @@ def table_specs(
         )
         for layer in recipe.layers
     )
+    # Stored, so that another limit in a later version does not move anybody's chunks.
+    return tuple(replace(spec, chunk_rows=chunk_rows_of(spec)) for spec in specs)
 
 
 def create_store(

@@ -5,6 +5,7 @@ work: it names what was sealed so far, and the memtables in shared memory hold t
 """
 
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Self
 
 from engram_store.errors import ForeignFileError
@@ -58,6 +59,11 @@ class Manifest:
     """Number of the newest memtable that was sealed into the segments."""
     tables: tuple[TableFiles, ...]
     marks: tuple[Mark, ...] = field(default=())
+    closed: bool = True
+    """Whether this is all there is: False in the working manifest of a store that is open for
+    training, or was when its process died."""
+    memtables: str = ""
+    """Where the memtables' directory is while `closed` is False."""
 
     def table(self, layer: int) -> TableFiles:
         """The files of one table."""
@@ -99,9 +105,20 @@ def read_manifest(paths: StorePaths, step: int | None = None) -> tuple[Manifest,
     path = paths.current if step is None else paths.snapshot(step)
     body, digest = read_document(path, "manifest")
     try:
-        return _manifest(body), digest
+        manifest = _manifest(body)
     except (KeyError, TypeError) as error:
         raise ForeignFileError(path, f"is not a manifest of this format: {error!r}") from error
+    if step is not None and manifest.step != step:
+        raise ForeignFileError(path, f"is the snapshot at step {manifest.step}, by another name")
+    return manifest, digest
+
+
+def check_owner(path: Path, manifest: Manifest, store_id: str) -> None:
+    """Refuse a manifest that was copied here. Raises: ForeignFileError."""
+    if manifest.store_id != store_id:
+        raise ForeignFileError(
+            path, f"belongs to another store, {manifest.store_id}; this is {store_id}"
+        )
 
 
 def _manifest(body: dict[str, Any]) -> Manifest:
@@ -121,4 +138,6 @@ def _manifest(body: dict[str, Any]) -> Manifest:
         sealed=body["sealed"],
         tables=tables,
         marks=tuple(Mark(**mark) for mark in body["marks"]),
+        closed=body["closed"],
+        memtables=body["memtables"],
     )

@@ -49,15 +49,14 @@ class StoreMetadata:
 
     def attributes(self) -> dict[str, Any]:
         """What `create` writes into the group's attributes."""
-        return {
-            _KEY: {
-                "format_version": FORMAT_VERSION,
-                "store_id": self.store_id,
-                "fingerprint": self.fingerprint,
-                "recipe": self.recipe.to_json(),
-                "tables": [spec.to_json() for spec in self.tables.values()],
-            }
+        content = {
+            "format_version": FORMAT_VERSION,
+            "store_id": self.store_id,
+            "fingerprint": self.fingerprint,
+            "recipe": self.recipe.to_json(),
+            "tables": [spec.to_json() for spec in self.tables.values()],
         }
+        return {_KEY: {**content, "digest": digest_of(content)}}
 
 
 def check_recipe(metadata: StoreMetadata, recipe: Recipe) -> None:
@@ -92,7 +91,8 @@ def read_metadata(paths: StorePaths) -> StoreMetadata:
         ) from None
     except ValueError as error:
         raise ForeignFileError(paths.group, f"is not JSON: {error}") from error
-    attributes = group.get("attributes", {}).get(_KEY) if isinstance(group, dict) else None
+    attributes = group.get("attributes") if isinstance(group, dict) else None
+    attributes = attributes.get(_KEY) if isinstance(attributes, dict) else None
     if not isinstance(attributes, dict):
         raise ForeignFileError(paths.group, "is not the group of an engram-store")
     if attributes.get("format_version") != FORMAT_VERSION:
@@ -111,11 +111,11 @@ def read_metadata(paths: StorePaths) -> StoreMetadata:
         )
     except (ConfigError, KeyError, TypeError) as error:
         raise ForeignFileError(paths.group, f"its attributes are damaged: {error}") from error
-    if metadata.fingerprint != attributes.get("fingerprint"):
+    if metadata.attributes()[_KEY] != attributes:
         raise ForeignFileError(
             paths.group,
-            "recipe, token map or tables do not match the stored fingerprint; a file was changed "
-            "or replaced since the store was created",
+            "recipe, token map or tables do not match the stored fingerprint and digest; a file "
+            "was changed or replaced since the store was created",
         )
     return metadata
 

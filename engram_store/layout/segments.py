@@ -116,8 +116,17 @@ def open_segment(
     files = SegmentFiles(directory=directory, slots=ref.slots, spec=spec)
     for name, length in files.lengths().items():
         check_length(directory / name, length)
-    read_segment_checksums(files, body["checksums"])
+    sums = read_segment_checksums(files, body["checksums"])
     ids = files.read_ids()
+    # Read whole anyway, and a wrong id would send a row's bytes to another row.
+    identity = checksums.identity(store_id, "segment", spec.layer, ref.number, IDS)
+    damaged = checksums.first_damaged_block(ids, identity, sums[IDS])
+    if damaged is not None:
+        raise ChecksumError(
+            directory / IDS,
+            f"block {damaged} does not match its checksum; go back to a snapshot without this "
+            "segment, or restore the file from a backup",
+        )
     if ids.size and not (ids.min() >= 0 and ids.max() < spec.rows):
         raise ChecksumError(directory / IDS, f"holds row ids outside 0..{spec.rows - 1}")
     return files

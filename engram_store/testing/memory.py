@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_store.errors import (
+    ConfigError,
     DtypeError,
     DuplicateStepError,
     MissingGradientError,
@@ -61,6 +62,7 @@ class MemoryTable:
 class _Lookup:
     unique: RowIds
     inverse: Inverse
+    rows: RowBlock | None = None
     gradient: NDArray[np.float32] | None = None
 
 
@@ -92,7 +94,9 @@ class MemoryWindow:
         if self.step is not None and self.step > self.session.step:
             raise StepGapError(self.step, self.session.step)
         self.read.add(layer)
-        return self.session.contents[layer].rows[lookup.unique], lookup.inverse
+        if lookup.rows is None:
+            lookup.rows = self.session.contents[layer].rows[lookup.unique]
+        return lookup.rows, lookup.inverse
 
     def missing(self) -> set[int]:
         """Layers that were read and got no gradient; all of them if the window was not used."""
@@ -109,6 +113,8 @@ class MemoryWindow:
             raise DtypeError("the gradient", gradients.dtype, "float32, or uint16 (bfloat16 bits)")
         if gradients.shape != (lookup.unique.size, spec.dim):
             raise ShapeError("the gradient", gradients.shape, f"({lookup.unique.size}, {spec.dim})")
+        if not gradients.flags.c_contiguous:
+            raise ShapeError("the gradient", gradients.shape, "C-contiguous memory")
         if lookup.gradient is not None:
             raise ProtocolError(f"layer {layer} of this window was pushed before")
         wide = widen(gradients)
@@ -248,11 +254,21 @@ class MemorySession:
         if missing:
             raise MissingGradientError(step, missing)
         changed, skipped = {}, {}
-        for layer, spec in self.tables.items():
-            rate = lr[layer] if isinstance(lr, Mapping) else lr
-            hyper = HyperParameters(
-                lr=rate, eps=eps, beta1=betas[0], beta2=betas[1], gradient_scale=gradient_scale
+        rates = lr if isinstance(lr, Mapping) else dict.fromkeys(self.tables, lr)
+        if not rates.keys() >= self.tables.keys():
+            raise ConfigError(f"no learning rate for {sorted(self.tables.keys() - rates.keys())}")
+        hypers = {
+            layer: HyperParameters(
+                lr=rates[layer],
+                eps=eps,
+                beta1=betas[0],
+                beta2=betas[1],
+                gradient_scale=gradient_scale,
             )
+            for layer in self.tables
+        }
+        for layer, spec in self.tables.items():
+            hyper = hypers[layer]
             rows, sums, skip = self._merged(layer)
             table, rows, sums = self.contents[layer], rows[~skip], sums[~skip]
             old, state = table.rows[rows], table.state[rows]
@@ -284,6 +300,7 @@ class MemorySession:
             have = [ref for ref, _ in self._snapshots.values()]
             raise SnapshotMismatchError(f"asked for {snapshot}, this store has {have}")
         self.contents = {k: v.copy() for k, v in known[1].items()}
+        self._snapshots = {k: v for k, v in self._snapshots.items() if k <= step}
         self.step = step
         for window in self._windows:
             window.close()
