@@ -1,0 +1,49 @@
+"""A report for people."""
+
+from rich.console import Console
+from rich.table import Table
+
+from engram_store.bench.harness import Report, Target
+
+
+def print_report(report: Report, console: Console | None = None) -> None:
+    """Every timing with what it is compared with, then the targets."""
+    console = console or Console()
+    machine, work = report.machine, report.workload
+    console.print(
+        f"[bold]{report.bench}[/]: {work['tokens']:,} tokens, {work['lookups_per_step']:,} "
+        f"look-ups, {work['unique_rows_per_step']:,} unique rows of {work['row_bytes']} bytes "
+        f"in {work['table_rows']:,}"
+    )
+    loads = ", ".join(f"{load:g}" for load in machine["load_average"])
+    console.print(f"{machine['cpu']}, {machine['cores']} cores, load {loads}", style="dim")
+
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("one layer, one thread")
+    for name in ("median ms", "p95"):
+        table.add_column(name, justify="right")
+    table.add_column("takes")
+    for timing in report.timings:
+        compared = report.ratios(timing).items()
+        table.add_row(
+            timing.name,
+            f"{timing.median_ms:.2f}",
+            f"{timing.p95_ms:.2f}",
+            "\n".join(f"{ratio:.2f} of {name}" for name, ratio in compared),
+            style=None if compared else "dim",
+        )
+    console.print()
+    console.print(table)
+    console.print()
+    for target in report.targets:
+        console.print(_target_line(target))
+    for note in report.notes:
+        console.print(note, style="dim")
+
+
+def _target_line(target: Target) -> str:
+    if target.measured is None:
+        return f"[yellow]not measured[/]  {target.what} (target {target.target})"
+    mark = "[green]met[/]   " if target.met else "[red]missed[/]"
+    unit = "x" if target.target.endswith("x") else " ms"
+    return f"{mark}  {target.what}: {target.measured:.2f}{unit} (target {target.target})"
