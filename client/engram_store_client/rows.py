@@ -55,25 +55,36 @@ def gradient_block(gradient: Tensor) -> GradientBlock:
     return gradient.detach().to("cpu", torch.float32).contiguous().numpy()
 
 
-class _Leaf:
-    """Unique rows [n, dim] of one layer, the end of the autograd graph."""
+class _Backward:
+    """What backward passes did to one leaf.
 
-    def __init__(self, rows: Tensor, inverse: Tensor, *, trains: bool) -> None:
-        self.rows, self.inverse = rows.detach().requires_grad_(trains), inverse
-        self.backward_calls = 0
+    It must not know the leaf: a tensor whose hook leads back to the tensor is never freed.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
         self.pushed: GradientBlock | None = None
         """Kept because the store may read it until the commit."""
-        if trains:
-            self.rows.register_post_accumulate_grad_hook(self._after_backward)  # type: ignore[no-untyped-call]
 
-    def _after_backward(self, rows: Tensor) -> None:
-        self.backward_calls += 1
+    def __call__(self, rows: Tensor) -> None:
+        """Runs after each backward pass that reached the rows."""
+        self.calls += 1
         if self.pushed is not None:
             rows.grad = None
             raise ProtocolError(
                 "a backward pass reached rows whose gradient the store already has; call "
                 "backward() before clip_grad_norm_() and commit()"
             )
+
+
+class _Leaf:
+    """Unique rows [n, dim] of one layer, the end of the autograd graph."""
+
+    def __init__(self, rows: Tensor, inverse: Tensor, *, trains: bool) -> None:
+        self.rows, self.inverse = rows.detach().requires_grad_(trains), inverse
+        self.backward = _Backward()
+        if trains:
+            self.rows.register_post_accumulate_grad_hook(self.backward)  # type: ignore[no-untyped-call]
 
 
 class WindowRows:
@@ -104,7 +115,7 @@ class WindowRows:
     @property
     def backward_calls(self) -> int:
         """How often a backward pass reached one of the leaves."""
-        return sum(leaf.backward_calls for leaf in self._leaves.values())
+        return sum(leaf.backward.calls for leaf in self._leaves.values())
 
     @property
     def used(self) -> bool:
@@ -132,7 +143,7 @@ class WindowRows:
     def awaits_gradient(self, layer: int) -> bool:
         """Whether the layer was run and no backward pass came back yet."""
         leaf = self._leaves.get(layer)
-        return leaf is not None and leaf.rows.requires_grad and not leaf.backward_calls
+        return leaf is not None and leaf.rows.requires_grad and not leaf.backward.calls
 
     def push(self) -> Iterator[GradientBlock]:
         """Hand over every gradient that is there and was not handed over before, one by one.
@@ -144,7 +155,7 @@ class WindowRows:
                 continue
             block = gradient_block(leaf.rows.grad)
             self._window.push(layer, block)
-            leaf.pushed, leaf.rows.grad = block, None
+            leaf.backward.pushed, leaf.rows.grad = block, None
             yield block
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """Rows as tensors: formats, leaves, gradients on their way back."""
 
+import weakref
 from collections.abc import Mapping
 from typing import Self
 
@@ -138,3 +139,19 @@ def test_closing_gives_the_window_back() -> None:
     assert rows.closed
     assert not rows.used
     assert window.closed == 1
+
+
+@pytest.mark.parametrize("pushed", [True, False])
+def test_rows_are_freed_with_their_window(*, pushed: bool) -> None:
+    """Nothing waits for the garbage collector, which does not see cycles through tensors."""
+    _window, rows = open_rows()
+    looked_up = rows.lookup(1, CPU, torch.float32)
+    looked_up.sum().backward()  # type: ignore[no-untyped-call]
+    if pushed:
+        list(rows.push())
+    leaf = weakref.ref(rows._leaves[1].rows)
+
+    rows.close()
+    del looked_up
+
+    assert leaf() is None
