@@ -23,7 +23,7 @@ def test_deduplicate_keeps_the_order_of_first_look_up(n: int, table: int, seed: 
     lookups = random_rows(seed, n, table)
     unique, inverse = np.full(n, -1, np.int32), np.full(n, -1, np.int32)
     for slots in (1 << max(2 * n - 1, 1).bit_length(), 2048):
-        count = rows.deduplicate(lookups, np.empty(slots, np.int64), unique, inverse)
+        count = rows.deduplicate(lookups, np.empty(slots, np.uint32), unique, inverse)
         _, first = np.unique(lookups, return_index=True)
         np.testing.assert_array_equal(unique[:count], lookups[np.sort(first)])
         np.testing.assert_array_equal(unique[inverse], lookups)
