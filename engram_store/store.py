@@ -3,7 +3,7 @@
 import math
 import threading
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -220,6 +220,7 @@ class Store:
             futures[layer] = stream.submit(
                 self._summers[layer].sum_parts, parts, self._scratch[layer]
             )
+        wait(futures.values())  # also when one fails: its memory is used again
         return {layer: future.result() for layer, future in futures.items()}
 
     def forget_sums(self) -> None:

@@ -9,7 +9,7 @@ lock (remap and addresses).
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,7 @@ class Engine:
         """
         self.paths, self.metadata, self.options = paths, metadata, options
         self.specs = list(metadata.tables.values())
+        self._index = {spec.layer: i for i, spec in enumerate(self.specs)}
         self.capacity = overlay_capacity(self.specs, options.overlay_bytes)
         self._lock = StoreLock(paths)
         try:
@@ -169,17 +170,16 @@ class Engine:
             self._check(step, updates)
             self._make_room(updates)
             counts = list(self._commit.counts)
-            slots = {u.layer: self._index_of(u.layer) for u in updates}
+            firsts = {u.layer: counts[self._index[u.layer]] for u in updates}
             computed = [
-                self.streams[u.layer].submit(self._compute, u, counts[slots[u.layer]])
-                for u in updates
+                self.streams[u.layer].submit(self._compute, u, firsts[u.layer]) for u in updates
             ]
+            wait(computed)  # all of them: a retry must not meet one that still writes
             for future in computed:
                 future.result()
             failpoint("commit.computed")
-            firsts = {u.layer: counts[slots[u.layer]] for u in updates}
             for update in updates:
-                counts[slots[update.layer]] += update.rows.size
+                counts[self._index[update.layer]] += update.rows.size
             commit = Commit(step + 1, tuple(counts), marks)
             self._memtables[self._open_index].publish(commit)
             self._commit = commit
@@ -188,9 +188,6 @@ class Engine:
                 self.tables[update.layer].point_at_memtable(
                     self._open_index, firsts[update.layer], update.rows
                 )
-
-    def _index_of(self, layer: int) -> int:
-        return next(i for i, spec in enumerate(self.specs) if spec.layer == layer)
 
     def _check(self, step: int, updates: Sequence[TableUpdate]) -> None:
         if self.closed:
@@ -215,7 +212,7 @@ class Engine:
 
     def _make_room(self, updates: Sequence[TableUpdate]) -> None:
         counts = self._commit.counts
-        if any(counts[self._index_of(u.layer)] + u.rows.size > self.capacity for u in updates):
+        if any(counts[self._index[u.layer]] + u.rows.size > self.capacity for u in updates):
             started = time.perf_counter()
             self._background.wait_for_folds()
             self._freeze(snapshot=False)
@@ -226,7 +223,7 @@ class Engine:
         table, n = self.tables[update.layer], update.rows.size
         old, old_state = (block[:n] for block in self._blocks(update.layer, n))
         table.gather(update.rows, [old, old_state])
-        slots = self._memtables[self._open_index].tables[self._index_of(update.layer)]
+        slots = self._memtables[self._open_index].tables[self._index[update.layer]]
         new, new_state = slots.rows[first : first + n], slots.state[first : first + n]
         apply_update(
             table.spec, update.step, update.rows, old, old_state, update.gradients, new, new_state
