@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format types unit bench conformance clean
+.PHONY: help install demo test lint format types unit proto bench conformance clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -14,7 +14,7 @@ install: $(STAMP) ## Create .venv with the project, torch (CPU) and the tools
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade -c constraints.txt pip
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf]' --group dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf,server]' --group dev
 	@touch $(STAMP)
 
 demo: $(STAMP) ## Train tables on disk on this machine's own text, against the zero-table control
@@ -35,6 +35,10 @@ types: $(STAMP) ## mypy, strict
 
 unit: $(STAMP) ## pytest
 	$(BIN)/pytest -q
+
+proto: $(STAMP) ## Generate engram_store/v1 from proto/ again
+	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. --mypy_grpc_out=. \
+		--plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc proto/engram_store/v1/store.proto
 
 bench: $(STAMP) ## The speed of a window and of a commit, beside their references
 	$(BIN)/engram-store bench window

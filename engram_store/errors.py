@@ -27,6 +27,8 @@
     ├── StoreLockedError              another process has the store open (BlockingIOError)
     ├── FingerprintMismatchError      recipe, tokenizer or tables differ from the store's
     ├── SnapshotMismatchError         a checkpoint names a snapshot this store does not have
+    ├── StoreUnreachableError         no store process answers there (ConnectionError)
+    ├── DeadlineError                 a store process took too long to answer (TimeoutError)
     └── CapacityError                 no room left (OSError)
         ├── SharedMemoryFullError     /dev/shm or the cgroup cannot hold the memtables
         ├── DiskFullError             the data directory's disk is full
@@ -241,6 +243,28 @@ class FingerprintMismatchError(EngramStoreError, ValueError):
 
 class SnapshotMismatchError(EngramStoreError, ValueError):
     """A checkpoint names a snapshot that this store does not have."""
+
+
+class StoreUnreachableError(EngramStoreError, ConnectionError):
+    """No store process answers at an address."""
+
+    def __init__(self, address: str, problem: str) -> None:
+        super().__init__(
+            f"no store process answers at {address}: {problem}. Is `engram-store serve` running, "
+            "and does it listen there?"
+        )
+        self.address, self.problem = address, problem
+
+
+class DeadlineError(EngramStoreError, TimeoutError):
+    """A store process took too long to answer; whether it did what was asked is unknown."""
+
+    def __init__(self, asked: str, seconds: float) -> None:
+        super().__init__(
+            f"the store has not answered for {seconds:g} s: {asked}. It may still be doing it; "
+            "its log and statistics tell what it is busy with"
+        )
+        self.asked, self.seconds = asked, seconds
 
 
 class CapacityError(EngramStoreError, OSError):

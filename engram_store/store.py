@@ -108,6 +108,16 @@ class Store:
         """How the store was found when it was opened for training."""
         return self._engine.recovery if isinstance(self._engine, Engine) else None
 
+    @property
+    def path(self) -> Path:
+        """The store's directory."""
+        return self._engine.paths.root
+
+    @property
+    def marks(self) -> tuple[Mark, ...]:
+        """What was last applied for which session, as of the last commit."""
+        return self._engine.marks
+
     def check_open(self) -> None:
         """Raises: StoreClosedError."""
         if self._engine.closed:
@@ -129,8 +139,9 @@ class Store:
         *,
         context: TokenIds | None = None,
         attention_mask: TokenIds | None = None,
+        slots: SlotPool | None = None,
     ) -> StoreWindow:
-        """See `session.Session.announce`."""
+        """See `session.Session.announce`; rows go to `slots`, if not to the store's own."""
         self.check_open()
         if step is not None:
             self._trained()
@@ -144,6 +155,7 @@ class Store:
             np.array(tokens, np.int64),
             None if context is None else np.array(context, np.int64),
             None if attention_mask is None else np.array(attention_mask),
+            slots or self._slots,
         )
         for layer, stream in self._engine.streams.items():
             window.lookups[layer] = LayerLookup(stream.submit(self._find, window, layer))
@@ -173,7 +185,7 @@ class Store:
         lookup, spec = window.lookups[layer], self.tables[layer]
         rows, inverse = lookup.found.result()
         needed = rows.size * spec.row_bytes
-        buffer = self._slots.take(needed)
+        buffer = window.slots.take(needed)
         lookup.buffer = buffer
         block: NDArray[Any] = buffer[:needed].view(spec.dtype.storage).reshape(rows.size, spec.dim)
         found = self._engine.gather(layer, rows, block)
@@ -190,13 +202,7 @@ class Store:
             if self._engine.closed:
                 return
             if lookup.gathered is not None:
-                self._engine.streams[layer].submit(self._recycle, lookup)
-
-    def _recycle(self, lookup: LayerLookup) -> None:
-        """On the stream, so after the gather that may still be running."""
-        if lookup.buffer is not None:
-            buffer, lookup.buffer = lookup.buffer, None
-            self._slots.give_back(buffer)
+                self._engine.streams[layer].submit(_recycle, window.slots, lookup)
 
     def count_wait(self, seconds: float, *, late: bool) -> None:
         """A caller waited for rows."""
@@ -247,8 +253,9 @@ class Store:
         gradient_scale: float = 1.0,
         eps: float | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
+        mark: Mark | None = None,
     ) -> Applied:
-        """See `session.Session.commit`."""
+        """See `session.Session.commit`; `mark` says for whom, if not for this process."""
         engine = self._trained()
         if step != self.step:
             raise (DuplicateStepError if step < self.step else StepGapError)(step, self.step)
@@ -269,8 +276,7 @@ class Store:
             for layer, spec in self.tables.items()
             if (part := summed[layer]).rows.size
         ]
-        mark = Mark(session=self._session, epoch=0, step=step)
-        engine.commit(step, updates, (mark,))
+        engine.commit(step, updates, (mark or Mark(session=self._session, epoch=0, step=step),))
         self.forget_sums()
         for window in pending:
             window.close()
@@ -320,6 +326,10 @@ class Store:
             stream.submit(int).result()
         engine.restore(snapshot)
 
+    def seal(self) -> None:
+        """Write what is in shared memory to disk now; returns when that is durable."""
+        self._trained().freeze().result()
+
     def fold(self) -> None:
         """Write segments into a new base generation now, instead of when they outweigh it."""
         self._trained().fold()
@@ -366,6 +376,13 @@ class Store:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _recycle(slots: SlotPool, lookup: LayerLookup) -> None:
+    """On the stream, so after the gather that may still be running."""
+    if lookup.buffer is not None:
+        buffer, lookup.buffer = lookup.buffer, None
+        slots.give_back(buffer)
 
 
 def _rate(lr: float | Mapping[int, float], layer: int) -> float:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_store.engine.gradients import GradientPart, check_part
+from engram_store.engine.lookup import SlotPool
 from engram_store.errors import (
     ProtocolError,
     ReadOnlyError,
@@ -45,6 +46,8 @@ class StoreWindow:
     tokens: TokenIds
     context: TokenIds | None
     attention_mask: NDArray[Any] | None
+    slots: SlotPool
+    """Where its rows are put."""
     lookups: dict[int, LayerLookup] = field(default_factory=dict)
     closed: bool = False
 
@@ -62,6 +65,12 @@ class StoreWindow:
 
     def rows(self, layer: int) -> tuple[RowBlock, Inverse]:
         """See `session.Window.rows`."""
+        found = self.fetch(layer)
+        self.lookups[layer].read = True
+        return found
+
+    def fetch(self, layer: int) -> tuple[RowBlock, Inverse]:
+        """`rows` for somebody who may not use them: a gradient is not expected because of it."""
         lookup = self._lookup(layer)
         if self.step is not None and self.step != self.store.step:
             raise StepGapError(self.step, self.store.step)
@@ -71,7 +80,6 @@ class StoreWindow:
         late = not lookup.gathered.done()
         started = time.perf_counter()
         rows = lookup.gathered.result()
-        lookup.read = True
         self.store.count_wait(time.perf_counter() - started, late=late and self.step is not None)
         return rows, lookup.found.result()[1]
 

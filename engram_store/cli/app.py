@@ -33,7 +33,11 @@ _COMMANDS = {
     "conformance": "engram_store.cli.conformance:conformance",
 }
 _ENTRY_POINTS = "engram_store.commands"
-_EXTRAS = {"torch": "engram-store[torch]", "transformers": "engram-store[hf]"}
+_EXTRAS = {
+    "torch": "engram-store[torch]",
+    "transformers": "engram-store[hf]",
+    **dict.fromkeys(("grpc", "grpc_health", "grpc_reflection"), "engram-store[server]"),
+}
 
 
 class LazyCommands(TyperGroup):

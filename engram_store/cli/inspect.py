@@ -1,7 +1,7 @@
 """`engram-store inspect`: what a store is."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,33 +20,11 @@ def inspect(
     if json:
         from json import dumps
 
-        typer.echo(dumps(description_json(directory, description), indent=2))
+        from engram_store.layout.inspect import description_json
+
+        typer.echo(dumps(description_json(description), indent=2))
     else:
         print_description(directory, description)
-
-
-def description_json(directory: Path, description: "StoreDescription") -> dict[str, Any]:
-    """Everything `inspect` knows, as JSON types."""
-    metadata = description.metadata
-    return {
-        "path": str(directory),
-        "store_id": metadata.store_id,
-        "fingerprint": metadata.fingerprint,
-        "step": description.step,
-        "snapshots": list(description.snapshots),
-        "disk_bytes": sum(table.disk_bytes for table in description.tables.values()),
-        "recipe": metadata.recipe.to_json(),
-        "tables": [
-            {
-                **spec.to_json(),
-                "generation": (files := description.tables[layer]).generation,
-                "segments": files.segments,
-                "segment_slots": files.segment_slots,
-                "disk_bytes": files.disk_bytes,
-            }
-            for layer, spec in metadata.tables.items()
-        ],
-    }
 
 
 def print_description(directory: Path, description: "StoreDescription") -> None:

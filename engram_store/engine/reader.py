@@ -36,6 +36,7 @@ class Reader:
         manifest = find_snapshot(paths, metadata.store_id, steps, wanted)
         parts = check_files(paths, metadata, manifest)
         self.step = manifest.step
+        self.marks = manifest.marks
         self.tables = {}
         self.streams = {}
         for layer, spec in metadata.tables.items():

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from engram_store.layout.files import allocated_bytes
 from engram_store.layout.manifest import read_manifest
@@ -25,6 +27,7 @@ class TableDescription:
 class StoreDescription:
     """One store."""
 
+    path: Path
     metadata: StoreMetadata
     step: int
     """Steps sealed to disk; a store at work may be ahead of it."""
@@ -50,8 +53,33 @@ def describe(paths: StorePaths) -> StoreDescription:
             disk_bytes=allocated_bytes(paths.layer(layer)),
         )
     return StoreDescription(
+        path=paths.root,
         metadata=metadata,
         step=manifest.step,
         snapshots=tuple(paths.snapshot_steps()),
         tables=tables,
     )
+
+
+def description_json(description: StoreDescription) -> dict[str, Any]:
+    """Everything a description holds, as JSON types."""
+    metadata = description.metadata
+    return {
+        "path": str(description.path),
+        "store_id": metadata.store_id,
+        "fingerprint": metadata.fingerprint,
+        "step": description.step,
+        "snapshots": list(description.snapshots),
+        "disk_bytes": sum(table.disk_bytes for table in description.tables.values()),
+        "recipe": metadata.recipe.to_json(),
+        "tables": [
+            {
+                **spec.to_json(),
+                "generation": (files := description.tables[layer]).generation,
+                "segments": files.segments,
+                "segment_slots": files.segment_slots,
+                "disk_bytes": files.disk_bytes,
+            }
+            for layer, spec in metadata.tables.items()
+        ],
+    }

@@ -5,6 +5,7 @@ what a store holds is seen through windows, as a trainer sees it.
 """
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -34,7 +35,9 @@ from engram_store.errors import (
 from engram_store.recipes import Recipe
 from engram_store.session import Session, Window
 from engram_store.types import RowBlock, TokenIds
+from engram_store_client.transport import connect
 from tests.pairs import DIM, INITIAL, VOCABULARY, Pair, make_oracle, random_tokens
+from tests.servers import serving
 
 SessionMaker = Callable[[Path, Recipe, dict[str, Any]], AbstractContextManager[Session]]
 """Given a directory of its own, a recipe and settings of `engram_store.create`."""
@@ -55,7 +58,39 @@ def embedded(directory: Path, recipe: Recipe, settings: dict[str, Any]) -> Itera
         yield store
 
 
-MAKERS: list[SessionMaker] = [memory, embedded]
+@contextlib.contextmanager
+def over_unix_socket(
+    directory: Path, recipe: Recipe, settings: dict[str, Any]
+) -> Iterator[Session]:
+    with (
+        # A socket's path has at most 107 bytes.
+        tempfile.TemporaryDirectory() as short,
+        remote(directory, recipe, settings, f"unix:{short}/store.sock") as session,
+    ):
+        yield session
+
+
+@contextlib.contextmanager
+def over_tcp(directory: Path, recipe: Recipe, settings: dict[str, Any]) -> Iterator[Session]:
+    with remote(directory, recipe, settings, "tcp:") as session:
+        yield session
+
+
+@contextlib.contextmanager
+def remote(
+    directory: Path, recipe: Recipe, settings: dict[str, Any], address: str
+) -> Iterator[Session]:
+    path = directory / "store.engram"
+    engram_store.create(path, recipe, **{"dim": DIM, "initial": INITIAL, **settings})
+    with (
+        engram_store.open(path, "train") as store,
+        serving(store, address) as served,
+        connect(served, deadline_seconds=30, work_seconds=60) as session,
+    ):
+        yield session
+
+
+MAKERS: list[SessionMaker] = [memory, embedded, over_unix_socket, over_tcp]
 
 
 @pytest.fixture(params=MAKERS, ids=lambda maker: maker.__name__)

@@ -14,7 +14,8 @@ from engram_store.recipes import Recipe, engram
 from engram_store.session import Session
 from engram_store.store import Store
 from engram_store.testing import MemorySession
-from engram_store_client import attach
+from engram_store_client import attach, connect
+from tests.servers import serving
 from tests.unit.client.tiny import VOCABULARY, llama, loss_of_batch
 
 STEPS, WINDOWS, DIM = 14, 2, 8
@@ -111,4 +112,20 @@ def test_losses_gates_rows_and_state_equal_those_of_tables_in_memory(
         stats = store.stats()
         assert (stats.seals > 0) == (blocks == 1)
     with engram_store.open(path, "train") as store:
+        assert_same_tables(store, oracle)
+
+
+def test_a_store_behind_a_socket_trains_the_same(
+    tmp_path: Path, recipe: Recipe, optimizer: str, expected: Expected
+) -> None:
+    """Losses, gates, rows and state, bit for bit, with look-ahead."""
+    oracle, losses, gates = expected
+    path = tmp_path / "a.engram"
+    engram_store.create(path, recipe, dim=DIM, optimizer=optimizer, initial=INITIAL)
+    with engram_store.open(path, "train") as store:
+        with serving(store, "tcp:") as address, connect(address) as session:
+            actual, actual_gates = train(session, depth=2)
+
+        assert actual == losses
+        assert all(torch.equal(tensor, gates[name]) for name, tensor in actual_gates.items())
         assert_same_tables(store, oracle)

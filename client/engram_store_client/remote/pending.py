@@ -1,0 +1,40 @@
+"""A request that was sent, or will be, and its answer."""
+
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+
+from engram_store.errors import EngramStoreError
+from engram_store.v1 import store_pb2 as pb
+
+
+@dataclass(eq=False, slots=True)
+class Pending:
+    """A request in the journal."""
+
+    request: pb.SessionRequest
+    window: int | None
+    """The window it belongs to."""
+    answer: Future[pb.SessionResponse] = field(default_factory=Future)
+    sent: float = 0.0
+    """When it was last sent, by the monotonic clock."""
+
+    @property
+    def kind(self) -> str:
+        """Name of the request's message."""
+        return self.request.WhichOneof("request") or ""
+
+    @property
+    def lasts(self) -> bool:
+        """Whether it is needed until its window closes, answered or not."""
+        return self.kind in ("announce", "push")
+
+    def settle(self, outcome: pb.SessionResponse | EngramStoreError) -> bool:
+        """Give it its answer or its error; whether it had none before."""
+        try:
+            if isinstance(outcome, EngramStoreError):
+                self.answer.set_exception(outcome)
+            else:
+                self.answer.set_result(outcome)
+        except InvalidStateError:
+            return False
+        return True

@@ -1,0 +1,264 @@
+"""A session with a store in another process."""
+
+import itertools
+import secrets
+import threading
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+import grpc
+import numpy as np
+
+from engram_store import wire
+from engram_store.errors import (
+    ConfigError,
+    DuplicateStepError,
+    EngramStoreError,
+    MissingGradientError,
+    ReadOnlyError,
+    StepGapError,
+    StoreUnreachableError,
+)
+from engram_store.recipes import Recipe
+from engram_store.session import Applied, SnapshotRef
+from engram_store.stats import StoreStats
+from engram_store.types import TableSpec, TokenIds
+from engram_store.v1 import store_pb2 as pb
+from engram_store_client.remote.connection import Connection
+from engram_store_client.remote.messages import (
+    applied_record,
+    commit_message,
+    rates_by_layer,
+    read_welcome,
+)
+from engram_store_client.remote.options import RemoteOptions
+from engram_store_client.remote.statistics import fetch_statistics
+from engram_store_client.remote.stream import Stream, open_channel
+from engram_store_client.remote.window import RemoteWindow
+
+Mode = Literal["read", "train"]
+_NOTICE_SECONDS = 1.0
+"""How much later than a unary call the stream may learn that the store is gone."""
+_MODES = {"read": pb.MODE_READ, "train": pb.MODE_TRAIN}
+
+
+class RemoteSession:
+    """Implements `session.Session` over gRPC; made by `connect`.
+
+    One thread trains (announces, pushes, commits); windows that are only read may be announced
+    and read by other threads too. If the store goes away and comes back with every step that it
+    had acknowledged, nobody here notices but by the time it takes.
+
+    Args:
+        address: `unix:path`, or `host:port`.
+        mode: what the session may do; one session at a time trains a store.
+        options: deadlines.
+        credentials: of a TLS connection; None: in the clear.
+
+    Raises:
+        StoreUnreachableError: nothing answers there.
+        ProtocolError: the store refused: another session trains it, or it speaks another
+            protocol.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        mode: Mode = "train",
+        options: RemoteOptions | None = None,
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        if mode not in _MODES:
+            raise ConfigError(f"mode must be one of {sorted(_MODES)}, got {mode!r}")
+        self._address, self._mode, self._credentials = address, mode, credentials
+        self._options = options or RemoteOptions()
+        self._numbers = itertools.count(1)
+        # Guards the open training windows, and keeps announcements in the order of their numbers.
+        self._lock = threading.Lock()
+        self._windows: dict[int, RemoteWindow] = {}
+        hello = pb.Hello(
+            protocol=wire.PROTOCOL,
+            oldest_protocol=wire.OLDEST_PROTOCOL,
+            mode=_MODES[mode],
+            session_id=secrets.token_hex(16),
+        )
+        self.connection = Connection(
+            address, self._open_stream, hello, self._options, self._on_answer
+        )
+        try:
+            self._store_id, self._recipe, self._tables = read_welcome(self.connection.welcome)
+        except EngramStoreError:
+            self.connection.close()
+            raise
+
+    def _open_stream(self, hello: pb.SessionRequest, *callbacks: Any) -> Stream:
+        channel = open_channel(self._address, self._credentials)
+        return Stream(self._address, channel, hello, *callbacks)
+
+    # ------------------------------------------------------------------ what it is
+
+    @property
+    def store_id(self) -> str:
+        """Names the store for its whole life."""
+        return self._store_id
+
+    @property
+    def recipe(self) -> Recipe:
+        """How tokens become rows."""
+        return self._recipe
+
+    @property
+    def tables(self) -> Mapping[int, TableSpec]:
+        """The tables, by layer."""
+        return self._tables
+
+    @property
+    def step(self) -> int:
+        """Steps applied so far, as far as this session was told."""
+        return self.connection.step
+
+    def _check_trains(self) -> None:
+        """Raises: ReadOnlyError, and see `Connection.check`."""
+        self.connection.check()
+        if self._mode != "train":
+            raise ReadOnlyError("the session was opened with mode='read'; use mode='train'")
+
+    # ------------------------------------------------------------------ windows
+
+    def announce(
+        self,
+        tokens: TokenIds,
+        step: int | None = None,
+        *,
+        context: TokenIds | None = None,
+        attention_mask: TokenIds | None = None,
+    ) -> RemoteWindow:
+        """See `session.Session.announce`."""
+        self.connection.check()
+        if step is not None:
+            self._check_trains()
+            if step < self.step:
+                raise DuplicateStepError(step, self.step)
+        # Checked here, so that bad input fails at once.
+        self.recipe.carry(tokens, context, attention_mask=attention_mask)
+        masked = attention_mask is not None and self.recipe.rules.masks_padding
+        with self._lock:
+            window = RemoteWindow(
+                self,
+                next(self._numbers),
+                step,
+                np.array(tokens, np.int64),
+                None if context is None else np.array(context, np.int64),
+                np.asarray(attention_mask) != 0 if masked else None,
+            )
+            window.announce()
+            if step is not None:
+                self._windows[window.number] = window
+        return window
+
+    def release(self, window: RemoteWindow) -> None:
+        """Tell the store that a closed window is not needed; waits for nothing."""
+        with self._lock:
+            self._windows.pop(window.number, None)
+        self.connection.forget({window.number})
+        try:
+            self.connection.send(pb.SessionRequest(release=pb.Release(window=window.number)))
+        except EngramStoreError:
+            return  # closed, lost or in another process: nothing is there to be told
+
+    def _on_answer(self, response: pb.SessionResponse) -> None:
+        """Close the windows that a commit or a restore has ended."""
+        match response.WhichOneof("response"):
+            case "applied":
+                self._end_windows(response.applied.step)
+            case "restored":
+                self._end_windows(None)
+
+    def _end_windows(self, step: int | None) -> None:
+        """The training windows of a step, or all of them; the store has closed them itself."""
+        with self._lock:
+            ended = [w for w in self._windows.values() if step is None or w.step == step]
+            for window in ended:
+                window.closed = True
+                del self._windows[window.number]
+        self.connection.forget({window.number for window in ended})
+
+    # ------------------------------------------------------------------ committing
+
+    def _pending(self) -> list[RemoteWindow]:
+        with self._lock:
+            return [w for w in self._windows.values() if w.step == self.step]
+
+    def gradient_norm(self) -> float:
+        """See `session.Session.gradient_norm`."""
+        self._check_trains()
+        for window in self._pending():
+            window.confirm_pushes()
+        request = self.connection.send(pb.SessionRequest(gradient_norm=pb.GradientNorm()))
+        return self.connection.result(request, "gradient norm", works=True).norm.value
+
+    def commit(
+        self,
+        step: int,
+        lr: float | Mapping[int, float],
+        *,
+        gradient_scale: float = 1.0,
+        eps: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+    ) -> Applied:
+        """See `session.Session.commit`."""
+        self._check_trains()
+        if step != self.step:
+            raise (DuplicateStepError if step < self.step else StepGapError)(step, self.step)
+        message = commit_message(step, rates_by_layer(lr, self.tables), gradient_scale, eps, betas)
+        windows = self._pending()
+        missing = sorted({layer for window in windows for layer in window.missing()})
+        if missing:
+            raise MissingGradientError(step, missing)
+        # A refused gradient must not be left out: the store would commit the others.
+        for window in windows:
+            window.confirm_pushes()
+        request = self.connection.send(pb.SessionRequest(commit=message))
+        response = self.connection.result(request, f"commit step {step}", works=True)
+        return applied_record(response.applied, windows, self.tables)
+
+    # ------------------------------------------------------------------ snapshots and the end
+
+    def snapshot(self) -> SnapshotRef:
+        """See `session.Session.snapshot`."""
+        self._check_trains()
+        request = self.connection.send(pb.SessionRequest(take_snapshot=pb.TakeSnapshot()))
+        response = self.connection.result(request, "take a snapshot", works=True)
+        return wire.decode_ref(response.snapshot_taken.snapshot)
+
+    def restore(self, snapshot: SnapshotRef | int) -> None:
+        """See `session.Session.restore`. Announced windows are closed."""
+        self._check_trains()
+        if isinstance(snapshot, int):
+            ref = pb.SnapshotRef(step=snapshot)
+        else:
+            ref = wire.encode_ref(snapshot)
+        request = self.connection.send(pb.SessionRequest(restore=pb.Restore(snapshot=ref)))
+        self.connection.result(request, f"restore {snapshot}", works=True)
+
+    def stats(self) -> StoreStats:
+        """See `session.Session.stats`: of the store, whoever used it."""
+        while True:
+            self.connection.settle()
+            stream = self.connection.current_stream()
+            try:
+                return fetch_statistics(stream.stub, self._address, self._options.deadline_seconds)
+            except StoreUnreachableError:
+                if not stream.ended.wait(_NOTICE_SECONDS):
+                    raise
+
+    def close(self) -> None:
+        """Leave the store; it stays open for others. Closing twice is fine."""
+        self.connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -1,0 +1,62 @@
+"""Stores behind a gRPC server in this process: what tests of the wire connect to."""
+
+import asyncio
+import contextlib
+import functools
+import threading
+from collections.abc import Coroutine, Iterator
+from typing import Any, TypeVar
+
+import grpc
+
+from engram_store import wire
+from engram_store.store import Store
+from engram_store.v1.store_pb2_grpc import add_StoreServiceServicer_to_server
+from engram_store_server.servicer import StoreServicer
+
+_OPTIONS = [
+    ("grpc.max_send_message_length", wire.MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
+]
+_SECONDS = 30.0
+_T = TypeVar("_T")
+
+
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """One event loop, on a thread, for all servers: several disturb each other in grpc.aio."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="test-servers", daemon=True).start()
+    return loop
+
+
+def _run(work: Coroutine[Any, Any, _T]) -> _T:
+    return asyncio.run_coroutine_threadsafe(work, _loop()).result(_SECONDS)
+
+
+async def _start(servicer: StoreServicer, target: str) -> tuple[grpc.aio.Server, int]:
+    server = grpc.aio.server(options=_OPTIONS)
+    add_StoreServiceServicer_to_server(servicer, server)
+    port = server.add_insecure_port(target)
+    await server.start()
+    return server, port
+
+
+async def _stop(servicer: StoreServicer, server: grpc.aio.Server) -> None:
+    await servicer.stop()
+    await server.stop(_SECONDS)
+
+
+@contextlib.contextmanager
+def serving(store: Store, address: str) -> Iterator[str]:
+    """Serve a store on `unix:path`, or on a free port (`tcp:`).
+
+    Yields:
+        The address for `connect`.
+    """
+    servicer = StoreServicer(store)
+    server, port = _run(_start(servicer, "127.0.0.1:0" if address == "tcp:" else address))
+    try:
+        yield f"tcp://127.0.0.1:{port}" if address == "tcp:" else address
+    finally:
+        _run(_stop(servicer, server))
