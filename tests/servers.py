@@ -5,11 +5,13 @@ import contextlib
 import functools
 import threading
 from collections.abc import Coroutine, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
 
 from engram_store import wire
+from engram_store.slots import slot_door
 from engram_store.store import Store
 from engram_store.v1.store_pb2_grpc import add_StoreServiceServicer_to_server
 from engram_store_server.servicer import StoreServicer
@@ -54,7 +56,8 @@ def serving(store: Store, address: str) -> Iterator[str]:
     Yields:
         The address for `connect`.
     """
-    servicer = StoreServicer(store)
+    door = slot_door(Path(address.removeprefix("unix:"))) if address != "tcp:" else None
+    servicer = StoreServicer(store, door)
     server, port = _run(_start(servicer, "127.0.0.1:0" if address == "tcp:" else address))
     try:
         yield f"tcp://127.0.0.1:{port}" if address == "tcp:" else address

@@ -36,6 +36,7 @@ from engram_store_server.session import SessionServer, failure
 from engram_store_server.slots import SessionSlots, SlotDoor
 
 _HELLO_SECONDS = 10.0
+_GRACE_SECONDS = 1.0
 _STATUS: tuple[tuple[type[EngramStoreError], grpc.StatusCode], ...] = (
     (TokenRangeError, grpc.StatusCode.OUT_OF_RANGE),
     (RowRangeError, grpc.StatusCode.OUT_OF_RANGE),
@@ -143,6 +144,11 @@ class StoreServicer(pb_grpc.StoreServiceServicer):
         """
         while (current := self._trainer) is not None:
             if current.session_id != session.session_id:
+                # A trainer that was just stopped may not have been noticed yet.
+                if await current.ends_within(_GRACE_SECONDS):
+                    if self._trainer is current:
+                        self._trainer = None
+                    continue
                 raise ProtocolError(
                     "another session is training this store; connect with mode='read', or wait "
                     "until it has ended"

@@ -6,6 +6,7 @@ there, so several are under way at once.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +48,7 @@ class SessionServer:
         """Reads of windows whose step has not come yet."""
         self._answers: asyncio.Queue[pb.SessionResponse | None] = asyncio.Queue()
         self._worker = ThreadPoolExecutor(1, "engram-session")
+        self._left = asyncio.Event()
         self._readers = ThreadPoolExecutor(2 * len(store.tables), "engram-read")
         self._reads: set[asyncio.Task[None]] = set()
         self._taking: asyncio.Task[None] | None = None
@@ -86,7 +88,14 @@ class SessionServer:
         for read in self._reads:
             read.cancel()
         await asyncio.get_running_loop().run_in_executor(None, self._let_go)
+        self._left.set()
         self.end()
+
+    async def ends_within(self, seconds: float) -> bool:
+        """Wait for the session to leave by itself; whether it has."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._left.wait(), seconds)
+        return self._left.is_set()
 
     def end(self) -> None:
         """Close the stream after the answers that are ready."""

@@ -25,6 +25,7 @@ from engram_store.v1 import store_pb2 as pb
 MAX_SLOT_BYTES = 4 << 30
 """Shared memory of one session, so that a greedy one cannot starve the others."""
 _ATTACH_SECONDS = 10.0
+_ARRIVAL_SECONDS = 2.0
 _logger = logging.getLogger(__name__)
 
 
@@ -40,6 +41,7 @@ class SessionSlots:
         self._ours: dict[int, slots.Slot] = {}
         """By address of their first byte."""
         self._theirs: dict[int, slots.Slot] = {}
+        self._arrived = threading.Condition()
         self._used_bytes = 0
 
     def wait_until_fetched(self) -> None:
@@ -61,6 +63,8 @@ class SessionSlots:
             try:
                 assert self._channel is not None
                 slots.send_slot(self._channel, slot.number, length, fd)
+            except OSError as error:
+                raise ProtocolError("the trainer let go of its shared memory") from error
             finally:
                 os.close(fd)
             self._used_bytes += length
@@ -78,7 +82,10 @@ class SessionSlots:
         Raises:
             ProtocolError: the slot was never sent, or is shorter.
         """
-        slot = self._theirs.get(wanted.slot)
+        # A message may be faster than the slot it speaks of, which was sent before it.
+        with self._arrived:
+            self._arrived.wait_for(lambda: wanted.slot in self._theirs, _ARRIVAL_SECONDS)
+            slot = self._theirs.get(wanted.slot)
         if slot is None or wanted.offset + wanted.length > slot.bytes.size:
             size = "which was never sent" if slot is None else f"of {slot.bytes.size} bytes"
             raise ProtocolError(
@@ -95,7 +102,9 @@ class SessionSlots:
             received += slot.bytes.size
             if received > MAX_SLOT_BYTES:
                 raise ProtocolError(f"more than {MAX_SLOT_BYTES} bytes of slots from one session")
-            self._theirs[slot.number] = slot
+            with self._arrived:
+                self._theirs[slot.number] = slot
+                self._arrived.notify_all()
 
     def close(self) -> None:
         """Hang up and forget everything."""

@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from engram_store import wire
 from engram_store.errors import (
@@ -20,10 +21,12 @@ from engram_store.errors import (
     StoreUnreachableError,
     WindowClosedError,
 )
+from engram_store.slots import slot_door
 from engram_store.v1 import store_pb2 as pb
 from engram_store_client.remote.options import RemoteOptions
 from engram_store_client.remote.pending import Pending
 from engram_store_client.remote.resume import Verdict, delays, judge
+from engram_store_client.remote.slots import TrainerSlots
 from engram_store_client.remote.stream import Stream
 
 OpenStream = Callable[..., Stream]
@@ -75,6 +78,11 @@ class Connection:
         self.step = self.welcome.step
         hello.fingerprint = self.welcome.fingerprint
         self._adopt(stream)
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether arrays travel in shared memory, now or when the connection was lost."""
+        return self._shares_memory
 
     # ------------------------------------------------------------------ asking
 
@@ -179,6 +187,7 @@ class Connection:
             pending = self._journal.get(response.id)
             if stream is not self._stream or pending is None:
                 return
+            pending.slots = stream.slots
         self._answer(pending, response)
 
     def _answer(self, pending: Pending, response: pb.SessionResponse) -> None:
@@ -224,7 +233,18 @@ class Connection:
         self._hello.epoch += 1
         hello = pb.SessionRequest(id=next(self._numbers), hello=self._hello)
         stream = self._open_stream(hello, self._deliver, self._lost)
-        return stream, stream.welcome(_HELLO_SECONDS)
+        welcome = stream.welcome(_HELLO_SECONDS)
+        if welcome.slot_token:
+            door = slot_door(Path(self._address.removeprefix("unix:")))
+            try:
+                stream.slots = TrainerSlots(str(door), welcome.slot_token)
+            except OSError:
+                # A store in a container whose sockets, but not whose door, are mounted here.
+                stream.abort()
+                self._hello.shared_memory = False
+                return self._greet()
+        self._shares_memory = bool(welcome.slot_token)
+        return stream, welcome
 
     def _adopt(self, stream: Stream) -> None:
         """Make a stream the current one and send the journal. Raises: StoreUnreachableError."""
@@ -233,6 +253,7 @@ class Connection:
                 stream.abort()
                 return
             if stream.ended.is_set():
+                stream.abort()
                 raise StoreUnreachableError(self._address, "it went away again at once")
             self._stream, self._adopted = stream, time.monotonic()
             for pending in self._journal.values():

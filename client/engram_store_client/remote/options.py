@@ -16,9 +16,13 @@ class RemoteOptions:
     """For rows, commits and snapshots: disk and memory decide."""
     reconnect_seconds: float = 60.0
     """How long a lost store may stay away before waiting calls fail."""
+    shared_memory: bool = True
+    """Whether rows and gradients may travel in shared memory, where the store is on this host."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.name == "shared_memory":
+                continue
             if not (isfinite(value) and value >= 0):
                 raise ConfigError(f"{field.name} must be finite and not negative, got {value}")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from engram_store.errors import EngramStoreError
 from engram_store.v1 import store_pb2 as pb
+from engram_store_client.remote.slots import TrainerSlots
 
 
 @dataclass(eq=False, slots=True)
@@ -17,6 +18,8 @@ class Pending:
     answer: Future[pb.SessionResponse] = field(default_factory=Future)
     sent: float = 0.0
     """When it was last sent, by the monotonic clock."""
+    slots: TrainerSlots | None = None
+    """Shared memory of the connection that the answer came through."""
 
     @property
     def kind(self) -> str:

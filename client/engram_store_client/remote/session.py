@@ -82,6 +82,7 @@ class RemoteSession:
             oldest_protocol=wire.OLDEST_PROTOCOL,
             mode=_MODES[mode],
             session_id=secrets.token_hex(16),
+            shared_memory=self._options.shared_memory and address.startswith("unix:"),
         )
         self.connection = Connection(
             address, self._open_stream, hello, self._options, self._on_answer
@@ -97,6 +98,11 @@ class RemoteSession:
         return Stream(self._address, channel, hello, *callbacks)
 
     # ------------------------------------------------------------------ what it is
+
+    @property
+    def transport(self) -> str:
+        """How rows and gradients travel: 'shared memory' or 'messages'."""
+        return "shared memory" if self.connection.shares_memory else "messages"
 
     @property
     def store_id(self) -> str:

@@ -6,11 +6,14 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 
 import grpc
+import numpy as np
+from numpy.typing import NDArray
 
 from engram_store import wire
 from engram_store.errors import EngramStoreError, ProtocolError, StoreUnreachableError
 from engram_store.v1 import store_pb2 as pb
 from engram_store.v1.store_pb2_grpc import StoreServiceStub
+from engram_store_client.remote.slots import TrainerSlots
 
 _CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", wire.MAX_MESSAGE_BYTES),
@@ -56,6 +59,10 @@ class Stream:
     ) -> None:
         self.stub = StoreServiceStub(channel)
         self.ended = threading.Event()
+        self.slots: TrainerSlots | None = None
+        """Shared memory of this connection; None: arrays travel in messages."""
+        self._lent: dict[int, NDArray[np.uint8]] = {}
+        """Slots that hold gradients which the store has not answered for, by request."""
         self._address, self._channel = address, channel
         self._deliver, self._on_end = deliver, ended
         self._first: Future[pb.SessionResponse] = Future()
@@ -87,7 +94,27 @@ class Stream:
 
     def send(self, request: pb.SessionRequest) -> None:
         """Send after everything sent before; lost without a word if the stream has broken."""
+        if self.slots is not None and request.WhichOneof("request") == "push":
+            request = self._through_slot(self.slots, request)
         self._requests.put(request)
+
+    def _through_slot(self, slots: TrainerSlots, request: pb.SessionRequest) -> pb.SessionRequest:
+        """The same push, its gradient in shared memory; the journal keeps the gradient itself."""
+        push = request.push
+        if push.gradients.HasField("slot") or not push.gradients.data:
+            return request
+        gradients = wire.decode_array(push.gradients)
+        where, buffer = slots.put(gradients)
+        self._lent[request.id] = buffer
+        moved = wire.encode_array(gradients, where)
+        message = pb.Push(window=push.window, layer=push.layer, gradients=moved)
+        return pb.SessionRequest(id=request.id, push=message)
+
+    def _take_back(self, number: int) -> None:
+        """The store has read what a request put into shared memory."""
+        buffer = self._lent.pop(number, None)
+        if buffer is not None and self.slots is not None:
+            self.slots.give_back(buffer)
 
     def close(self) -> None:
         """Say that no more requests come, and wait for the store to let go."""
@@ -100,6 +127,8 @@ class Stream:
         self._requests.put(None)
         self._call.cancel()
         self._channel.close()
+        if self.slots is not None:
+            self.slots.close()
 
     def _read(self) -> None:
         reason: EngramStoreError
@@ -107,6 +136,7 @@ class Stream:
         try:
             for response in self._call:
                 if self._first.done():
+                    self._take_back(response.id)
                     self._deliver(self, response)
                 else:
                     self._first.set_result(response)

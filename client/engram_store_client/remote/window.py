@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ReceivedRows:
-    """One layer's rows; memory of the message, read-only."""
+    """One layer's rows; memory of the message, or of a slot until the window is closed."""
 
     row_ids: RowIds
     rows: RowBlock
@@ -107,7 +107,8 @@ class RemoteWindow:
         self._confirm_announced()
         asked = f"rows of layer {layer} for a window of step {self.step}"
         response = self.session.connection.result(self._asked[layer], asked, works=True)
-        received = _decode_rows(response.rows)
+        slots = self._asked[layer].slots
+        received = _decode_rows(response.rows, None if slots is None else slots.view)
         return self._received.setdefault(layer, received)
 
     def row_ids(self, layer: int) -> RowIds:
@@ -125,7 +126,7 @@ class RemoteWindow:
         return self._row_ids[layer]
 
     def rows(self, layer: int) -> tuple[RowBlock, Inverse]:
-        """See `session.Window.rows`. Both arrays are read-only."""
+        """See `session.Window.rows`. From messages, both arrays are read-only."""
         self._check(layer)
         if self.step is not None and self.step != self.session.step:
             raise StepGapError(self.step, self.session.step)
@@ -184,9 +185,10 @@ def _optional(array: NDArray[Any] | None) -> pb.Array | None:
     return None if array is None else wire.encode_array(array)
 
 
-def _decode_rows(message: pb.Rows) -> ReceivedRows:
+def _decode_rows(message: pb.Rows, read_slot: wire.ReadSlot | None) -> ReceivedRows:
     row_ids, rows, inverse = (
-        wire.decode_array(array) for array in (message.row_ids, message.rows, message.inverse)
+        wire.decode_array(array, read_slot)
+        for array in (message.row_ids, message.rows, message.inverse)
     )
     return ReceivedRows(row_ids, rows, inverse)
 
