@@ -22,6 +22,7 @@ from engram_store.errors import (
     WindowClosedError,
 )
 from engram_store.slots import slot_door
+from engram_store.types import GradientBlock
 from engram_store.v1 import store_pb2 as pb
 from engram_store_client.remote.options import RemoteOptions
 from engram_store_client.remote.pending import Pending
@@ -32,7 +33,7 @@ from engram_store_client.remote.stream import Stream
 OpenStream = Callable[..., Stream]
 """Given a hello and what is called for responses and at the end: opens a `Stream`."""
 _HELLO_SECONDS = 10.0
-_ID_BYTES = 16
+_ID_BYTES = 64
 """Room for what is added to a request when it is sent."""
 _SHORT_LIFE_SECONDS = 1.0
 """A stream that breaks sooner is not replaced at once."""
@@ -99,23 +100,35 @@ class Connection:
                 "Connect after the fork (in data loader workers: not at all)"
             )
 
-    def send(self, request: pb.SessionRequest, window: int | None = None) -> Pending:
+    def send(
+        self,
+        request: pb.SessionRequest,
+        window: int | None = None,
+        gradients: GradientBlock | None = None,
+    ) -> Pending:
         """Send a request, now or when the store is back.
+
+        Args:
+            request: what to send.
+            window: the window it belongs to.
+            gradients: of a push; kept, not copied, until it is forgotten.
 
         Raises:
             ProtocolError: it is too large for a message, and see `check`.
         """
-        if request.ByteSize() > wire.MAX_MESSAGE_BYTES - _ID_BYTES:
+        size = request.ByteSize() + (0 if gradients is None else gradients.nbytes)
+        if size > wire.MAX_MESSAGE_BYTES - _ID_BYTES:
             raise ProtocolError(
-                f"the request has {request.ByteSize():,} bytes, a message holds "
+                f"the request has {size:,} bytes, a message holds "
                 f"{wire.MAX_MESSAGE_BYTES:,}; announce windows of fewer tokens"
             )
         with self._lock:
             self.check()
             request.id = next(self._numbers)
-            pending = self._journal[request.id] = Pending(request, window, sent=time.monotonic())
+            pending = Pending(request, window, gradients, sent=time.monotonic())
+            self._journal[request.id] = pending
             if self._stream is not None:
-                self._stream.send(request)
+                self._stream.send(request, gradients)
         return pending
 
     def result(self, pending: Pending, asked: str, *, works: bool = False) -> pb.SessionResponse:
@@ -258,7 +271,7 @@ class Connection:
             self._stream, self._adopted = stream, time.monotonic()
             for pending in self._journal.values():
                 pending.sent = time.monotonic()
-                stream.send(pending.request)
+                stream.send(pending.request, pending.gradients)
             self._lock.notify_all()
 
     def _lost(self, stream: Stream, reason: EngramStoreError) -> None:

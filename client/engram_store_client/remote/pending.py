@@ -4,6 +4,7 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
 from engram_store.errors import EngramStoreError
+from engram_store.types import GradientBlock
 from engram_store.v1 import store_pb2 as pb
 from engram_store_client.remote.slots import TrainerSlots
 
@@ -15,6 +16,8 @@ class Pending:
     request: pb.SessionRequest
     window: int | None
     """The window it belongs to."""
+    gradients: GradientBlock | None = None
+    """Of a push: the caller's own, sent again as it is."""
     answer: Future[pb.SessionResponse] = field(default_factory=Future)
     sent: float = 0.0
     """When it was last sent, by the monotonic clock."""

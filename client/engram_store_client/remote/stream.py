@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from engram_store import wire
 from engram_store.errors import EngramStoreError, ProtocolError, StoreUnreachableError
+from engram_store.types import GradientBlock
 from engram_store.v1 import store_pb2 as pb
 from engram_store.v1.store_pb2_grpc import StoreServiceStub
 from engram_store_client.remote.slots import TrainerSlots
@@ -92,23 +93,30 @@ class Stream:
             raise wire.decode_error(response.failure)
         raise ProtocolError(f"what answers at {self._address} did not welcome the session")
 
-    def send(self, request: pb.SessionRequest) -> None:
-        """Send after everything sent before; lost without a word if the stream has broken."""
-        if self.slots is not None and request.WhichOneof("request") == "push":
-            request = self._through_slot(self.slots, request)
+    def send(self, request: pb.SessionRequest, gradients: GradientBlock | None = None) -> None:
+        """Send after everything sent before; lost without a word if the stream has broken.
+
+        Args:
+            request: what to send.
+            gradients: of a push; they are put where this connection's store finds them.
+        """
+        if gradients is not None:
+            request = self._with_gradients(request, gradients)
         self._requests.put(request)
 
-    def _through_slot(self, slots: TrainerSlots, request: pb.SessionRequest) -> pb.SessionRequest:
-        """The same push, its gradient in shared memory; the journal keeps the gradient itself."""
-        push = request.push
-        if push.gradients.HasField("slot") or not push.gradients.data:
-            return request
-        gradients = wire.decode_array(push.gradients)
-        where, buffer = slots.put(gradients)
-        self._lent[request.id] = buffer
-        moved = wire.encode_array(gradients, where)
-        message = pb.Push(window=push.window, layer=push.layer, gradients=moved)
-        return pb.SessionRequest(id=request.id, push=message)
+    def _with_gradients(
+        self, request: pb.SessionRequest, gradients: GradientBlock
+    ) -> pb.SessionRequest:
+        """The push with its gradient, in shared memory or in the message."""
+        where = None
+        if self.slots is not None and gradients.size:
+            where, self._lent[request.id] = self.slots.put(gradients)
+        push = pb.Push(
+            window=request.push.window,
+            layer=request.push.layer,
+            gradients=wire.encode_array(gradients, where),
+        )
+        return pb.SessionRequest(id=request.id, push=push)
 
     def _take_back(self, number: int) -> None:
         """The store has read what a request put into shared memory."""

@@ -140,7 +140,7 @@ class RemoteWindow:
         return used - self.pushed.keys()
 
     def push(self, layer: int, gradients: GradientBlock) -> None:
-        """See `session.Window.push`. The gradient is copied."""
+        """See `session.Window.push`. A store that comes back is sent the same array again."""
         self._check(layer)
         if self.step is None:
             raise ReadOnlyError("the window was announced without a step; it takes no gradients")
@@ -149,8 +149,8 @@ class RemoteWindow:
         spec, row_ids = self.session.tables[layer], self.row_ids(layer)
         # The store checks the same again; here it costs no round trip.
         part = check_part(spec, self.step, row_ids, gradients)
-        message = pb.Push(window=self.number, layer=layer, gradients=wire.encode_array(gradients))
-        request = self.session.connection.send(pb.SessionRequest(push=message), self.number)
+        push = pb.SessionRequest(push=pb.Push(window=self.number, layer=layer))
+        request = self.session.connection.send(push, self.number, gradients)
         self.pushed[layer] = Pushed(request, part.rows, part.bad)
 
     def confirm_pushes(self) -> None:
