@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format types unit proto bench conformance clean
+.PHONY: help install demo test lint format types unit fuzz torture proto bench conformance clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -36,13 +36,25 @@ types: $(STAMP) ## mypy, strict
 unit: $(STAMP) ## pytest
 	$(BIN)/pytest -q
 
+FUZZ_SECONDS ?= 60
+fuzz: $(STAMP) ## Search every parser of outside bytes for bugs, FUZZ_SECONDS (60) each
+	$(BIN)/python -m tests.fuzz fuzz --seconds $(FUZZ_SECONDS) $(FUZZ_TARGETS)
+
+CRASH_IMAGES ?= 1000000
+torture: $(STAMP) ## The long versions, for hours: CRASH_IMAGES (a million) images, every fault, kill and power cut
+	$(BIN)/python -m tests.crash.torture --images $(CRASH_IMAGES)
+	$(BIN)/pytest -q -m torture -o faulthandler_timeout=0 tests/crash
+
 proto: $(STAMP) ## Generate engram_store/v1 from proto/ again
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. --mypy_grpc_out=. \
 		--plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc proto/engram_store/v1/store.proto
 
-bench: $(STAMP) ## The speed of a window and of a commit, beside their references
+bench: $(STAMP) ## Speed, recovery and bytes written, each beside its references
 	$(BIN)/engram-store bench window
 	$(BIN)/engram-store bench update
+	$(BIN)/engram-store bench ipc
+	$(BIN)/engram-store bench recover
+	$(BIN)/engram-store bench writes
 
 conformance: $(STAMP) ## Every golden vector of the published recipes
 	$(BIN)/engram-store conformance tests/golden

@@ -1,5 +1,6 @@
 """The three things one does with a store directory: create, open, inspect."""
 
+import operator
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from engram_store.errors import ConfigError, StoreFileError
 from engram_store.layout.create import Normal, Progress, create_store, table_specs
+from engram_store.layout.disk import Disk
 from engram_store.layout.inspect import StoreDescription, describe
 from engram_store.layout.paths import StorePaths
 from engram_store.recipes import Recipe
@@ -45,27 +47,63 @@ def create(
         stochastic_rounding: of bfloat16 rows.
         on_nonfinite: what to do with NaN and infinity in gradients.
         seed: of stochastic rounding.
-        per_layer: other values of dim, dtype, ... for single layers.
+        per_layer: by layer, other values of dim, dtype, optimizer, stochastic_rounding,
+            on_nonfinite or seed.
         progress: called with (bytes written, bytes in all) of initial rows.
 
     Raises:
         StoreExistsError, ConfigError, DiskFullError: nothing is left behind.
     """
-    try:
-        common = {
-            "dtype": RowDtype(dtype),
-            "optimizer": OptimizerKind(optimizer),
+    common = _table_options(
+        {
+            "dim": dim,
+            "dtype": dtype,
+            "optimizer": optimizer,
             "stochastic_rounding": stochastic_rounding,
-            "on_nonfinite": NonFinitePolicy(on_nonfinite),
+            "on_nonfinite": on_nonfinite,
             "seed": seed,
         }
-    except ValueError as error:
-        raise ConfigError(
-            f"{error}; dtypes are {[*map(str, RowDtype)]}, optimizers "
-            f"{[*map(str, OptimizerKind)]}, policies {[*map(str, NonFinitePolicy)]}"
-        ) from None
-    tables = table_specs(recipe, dim=dim, overrides=per_layer or {}, **common)
+    )
+    layers = [layer.layer for layer in recipe.layers]
+    for layer in per_layer or {}:
+        if layer not in layers:
+            raise ConfigError(f"per_layer has layer {layer!r}; the recipe's layers are {layers}")
+    overrides = {layer: _table_options(given) for layer, given in (per_layer or {}).items()}
+    tables = table_specs(recipe, overrides=overrides, **common)
     create_store(Path(path), recipe, tables, initial=initial, progress=progress)
+
+
+def _switch(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError("must be True or False")
+    return value
+
+
+_TABLE_OPTIONS: Mapping[str, Callable[[Any], Any]] = {
+    "dim": operator.index,
+    "dtype": RowDtype,
+    "optimizer": OptimizerKind,
+    "stochastic_rounding": _switch,
+    "on_nonfinite": NonFinitePolicy,
+    "seed": operator.index,
+}
+"""What a table's description may be given, and what each value is turned into."""
+
+
+def _table_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Raises: ConfigError."""
+    options = {}
+    for name, value in given.items():
+        if name not in _TABLE_OPTIONS:
+            raise ConfigError(f"a table has no option {name!r}; it has {[*_TABLE_OPTIONS]}")
+        try:
+            options[name] = _TABLE_OPTIONS[name](value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{name} is {value!r:.100}: {error}; dtypes are {[*map(str, RowDtype)]}, "
+                f"optimizers {[*map(str, OptimizerKind)]}, policies {[*map(str, NonFinitePolicy)]}"
+            ) from None
+    return options
 
 
 def open(  # noqa: A001 - reads as engram_store.open
@@ -73,11 +111,16 @@ def open(  # noqa: A001 - reads as engram_store.open
     mode: "Mode" = "read",
     *,
     recipe: Recipe | None = None,
-    snapshot: SnapshotRef | int | None = None,
+    snapshot: SnapshotRef | int | str | None = None,
     overlay_bytes: int | None = None,
     memtable_dir: str | Path | None = None,
     fold_ratio: float = 1.0,
+    fold_bytes_per_second: float | None = None,
+    scrub_bytes_per_second: float = 0.0,
+    durability: str = "snapshot",
+    keep_snapshots: int | None = None,
     allocate: Callable[[int], NDArray[np.uint8]] | None = None,
+    disk: Disk | None = None,
 ) -> "Store":
     """Open a store.
 
@@ -86,13 +129,22 @@ def open(  # noqa: A001 - reads as engram_store.open
         mode: 'read' serves one snapshot and takes no lock; 'train' is the only writer and
             continues at the last applied step, whatever happened to the process before.
         recipe: what the caller believes it to be; anything else is refused.
-        snapshot: for 'read': which one; None is the newest.
+        snapshot: for 'read': which one, a pin's name too; None is the newest.
         overlay_bytes: shared memory for updated rows; None: a fifth of the memory limit, at
             most 1 GiB.
         memtable_dir: where that memory is; None: /dev/shm, or the store's directory where that
             is too small.
         fold_ratio: fold when segments reach this multiple of the base.
+        fold_bytes_per_second: how much folds and merges read and write; None: as fast as they can.
+        scrub_bytes_per_second: how fast a thread reads all files in use again and again to find
+            damages, whose rows are refused then; 0: never.
+        durability: when applied steps outlive the host: 'snapshot' (with the next snapshot),
+            'step' (before commit returns), or 'group(MS)' (so many milliseconds later). They
+            outlive the process in any case.
+        keep_snapshots: how many of the newest snapshots stay whenever one is made, beside the
+            pinned ones; None: all, because a checkpoint may name any of them.
         allocate: makes the buffers rows are gathered into (pinned memory, say).
+        disk: what changes files; a test gives one of `engram_store.testing`.
 
     Raises:
         StoreNotFoundError, StoreLockedError, FingerprintMismatchError, SnapshotMismatchError,
@@ -108,6 +160,11 @@ def open(  # noqa: A001 - reads as engram_store.open
         overlay_bytes=overlay_bytes,
         memtable_dir=None if memtable_dir is None else Path(memtable_dir),
         fold_ratio=fold_ratio,
+        fold_bytes_per_second=fold_bytes_per_second,
+        scrub_bytes_per_second=scrub_bytes_per_second,
+        durability=durability,
+        keep_snapshots=keep_snapshots,
+        disk=disk or Disk(),
     )
     arguments: dict[str, Any] = {
         "snapshot": snapshot,

@@ -14,6 +14,7 @@
     │   ├── StepGapError              a step was left out
     │   ├── MissingGradientError      a training window got no gradient
     │   ├── UnknownLayerError         the store has no table for that layer (KeyError)
+    │   ├── UnknownStoreError         the process serves no store of that name (LookupError)
     │   ├── WindowClosedError         the window was committed or closed
     │   ├── ReadOnlyError             a write on a store or window opened for reading
     │   └── StoreClosedError          the store was closed
@@ -23,7 +24,8 @@
     │   ├── ForeignFileError          a file that engram-store did not write
     │   ├── UnknownVersionError       written by a newer engram-store
     │   ├── TruncatedTableError       a file is shorter or longer than its manifest says
-    │   └── ChecksumError             bytes differ from their checksum
+    │   ├── ChecksumError             bytes differ from their checksum
+    │   └── DiskFaultError            the disk reports an error
     ├── StoreLockedError              another process has the store open (BlockingIOError)
     ├── FingerprintMismatchError      recipe, tokenizer or tables differ from the store's
     ├── SnapshotMismatchError         a checkpoint names a snapshot this store does not have
@@ -39,6 +41,7 @@ stored state is what it was before the call unless the class says otherwise.
 """
 
 import errno
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -163,6 +166,20 @@ class UnknownLayerError(ProtocolError, KeyError):
         return str(self.args[0])
 
 
+class UnknownStoreError(ProtocolError, LookupError):
+    """The process serves no store of that name."""
+
+    def __init__(self, name: str, names: Sequence[str]) -> None:
+        if not names:
+            problem = "no store is served here yet; make one with create_store()"
+        elif name:
+            problem = f"no store {name!r} is served here; name one of {', '.join(names)}"
+        else:
+            problem = f"several stores are served here; name one of {', '.join(names)}"
+        super().__init__(problem)
+        self.name, self.names = name, tuple(names)
+
+
 class WindowClosedError(ProtocolError):
     """The window was committed or closed, so its rows are gone."""
 
@@ -213,6 +230,19 @@ class TruncatedTableError(StoreFileError):
 
 class ChecksumError(StoreFileError):
     """Bytes differ from their checksum."""
+
+
+class DiskFaultError(StoreFileError):
+    """The disk reports an error: what was asked for may or may not have reached it."""
+
+    def __init__(self, path: Path | str, error: int) -> None:
+        super().__init__(
+            path,
+            f"could not be made durable ({os.strerror(error)}): the disk fails. What was stored "
+            "before is intact; look for the disk's errors in the host's log, and try again when "
+            "it is well",
+        )
+        self.errno = error
 
 
 class StoreLockedError(EngramStoreError, BlockingIOError):

@@ -22,6 +22,9 @@ POINTS = (
     "fold.base_written",
     "fold.published",
     "fold.swapped",
+    "merge.segment_written",
+    "merge.published",
+    "merge.swapped",
     "restore.published",
     "restore.snapshots_dropped",
 )

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engram_store.recipes import Recipe
 from engram_store.stats import StoreStats
 from engram_store.types import GradientBlock, Inverse, RowBlock, RowIds, TableSpec, TokenIds
@@ -51,8 +54,8 @@ class Window(Protocol):
         """The unique rows of one layer, as they are once all earlier steps are applied.
 
         Waits until they are there. A window that is only read has the rows as they were at the
-        first call. The first array may live in memory that is used again after the step's commit
-        or `close()`; the second is the window's own.
+        first call. Both arrays may be read-only, and may live in memory that is used again after
+        the step's commit or `close()`.
 
         Returns:
             storage dtype [n, dim], and int32 [batch, time, heads] with values in [0, n): the
@@ -61,6 +64,21 @@ class Window(Protocol):
         Raises:
             UnknownLayerError, WindowClosedError, StoreClosedError.
             StepGapError: an earlier step was not committed yet.
+        """
+        ...
+
+    def gradient_buffer(self, layer: int) -> NDArray[np.float32]:
+        """Memory for this window's gradient that the store reads where it is.
+
+        Filling and pushing it saves the copy that `push` may have to make of any other array.
+        Its content is undefined at first; the same memory every time.
+
+        Returns:
+            float32 [n, dim], the shape of `rows(layer)[0]`.
+
+        Raises:
+            ReadOnlyError: the window was announced without a step.
+            UnknownLayerError, WindowClosedError, StoreClosedError.
         """
         ...
 
@@ -109,6 +127,14 @@ class Session(Protocol):
     @property
     def step(self) -> int:
         """Steps applied so far, which is the number of the next one to commit."""
+        ...
+
+    @property
+    def durable_step(self) -> int:
+        """Steps below this one outlive the host: those of the newest snapshot.
+
+        All applied steps outlive the store's process.
+        """
         ...
 
     def announce(

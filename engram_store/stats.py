@@ -65,6 +65,23 @@ class StoreStats:
     """Bytes written to the data directory."""
     row_bytes_updated: int
     """Bytes of all row updates with their state and id: what a perfect log would write."""
+    merges: int = 0
+    """Times that several segments of a table became one."""
+    folds_postponed: int = 0
+    """Folds and merges put off for want of disk space; they begin when there is room."""
+    commit_waits: int = 0
+    """Commits that waited because folds could not keep up (in `stall_seconds`): the disk is slower
+    than training, or `fold_bytes_per_second` is too low."""
+    damaged_blocks: int = 0
+    """Blocks in use that were found damaged: rows in them are refused."""
+    damages: str = ""
+    """What was found damaged, one line each: file, block, layer and rows."""
+    scrubbed_blocks: int = 0
+    """Blocks that the scrubber has compared with their checksums."""
+    scrub_passes: int = 0
+    """Times that it has been through all files in use."""
+    scrubbed_at: float = 0.0
+    """Unix time at which the last pass ended; 0: none has yet."""
 
     @property
     def write_amplification(self) -> float | None:

@@ -1,19 +1,20 @@
 """A store in the trainer's own process: the session protocol over the engine."""
 
 import math
-import threading
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
+from engram_store.announced import AnnouncedWindows
 from engram_store.engine import Engine, EngineOptions, RecoveryReport
 from engram_store.engine.engine import TableUpdate
+from engram_store.engine.garbage import GarbageReport
 from engram_store.engine.gradients import GradientSummer, SummedGradients
-from engram_store.engine.lookup import Allocate, LookupScratch, SlotPool, plain_memory
+from engram_store.engine.lookup import Allocate, SlotPool, plain_memory
 from engram_store.engine.memtable import new_session_id
 from engram_store.engine.reader import Reader
 from engram_store.engine.statistics import StoreCounters, TableCounters
@@ -22,6 +23,7 @@ from engram_store.errors import (
     DtypeError,
     DuplicateStepError,
     MissingGradientError,
+    ProtocolError,
     ReadOnlyError,
     RowRangeError,
     StepGapError,
@@ -32,12 +34,13 @@ from engram_store.kernels.gradients import sum_of_squares
 from engram_store.layout.manifest import Mark
 from engram_store.layout.metadata import StoreMetadata, check_recipe, read_metadata
 from engram_store.layout.paths import StorePaths
+from engram_store.layout.snapshots import Wanted
 from engram_store.optimizers import rule_step
 from engram_store.recipes import Recipe
 from engram_store.session import Applied, SnapshotRef
 from engram_store.stats import StoreStats
-from engram_store.types import HyperParameters, Inverse, RowBlock, RowIds, TableSpec, TokenIds
-from engram_store.window import LayerLookup, StoreWindow
+from engram_store.types import HyperParameters, RowBlock, RowIds, TableSpec, TokenIds
+from engram_store.window import StoreWindow
 
 Mode = Literal["read", "train"]
 
@@ -55,11 +58,12 @@ class Store:
         mode: Mode,
         options: EngineOptions,
         *,
-        snapshot: SnapshotRef | int | None = None,
+        snapshot: Wanted | None = None,
         recipe: Recipe | None = None,
         allocate: Allocate = plain_memory,
     ) -> None:
         """See `engram_store.open`."""
+        self._process = os.getpid()
         paths = StorePaths(path)
         self.metadata: StoreMetadata = read_metadata(paths)
         if recipe is not None:
@@ -71,15 +75,13 @@ class Store:
             self._engine = Engine(paths, self.metadata, options)
         else:
             self._engine = Reader(paths, self.metadata, snapshot)
-        self._windows: list[StoreWindow] = []
-        self._lock = threading.Lock()
         self._session = new_session_id()
         self._slots = SlotPool(allocate)
-        self._scratch = {layer: LookupScratch() for layer in self.tables}
         self._summers = {layer: GradientSummer(spec) for layer, spec in self.tables.items()}
         self._summed: dict[int, SummedGradients] | None = None
         self._counters = StoreCounters()
         self._table_counters = {layer: TableCounters() for layer in self.tables}
+        self._announced = AnnouncedWindows(self._engine, self.metadata, self._table_counters)
 
     # ------------------------------------------------------------------ what it is
 
@@ -104,6 +106,15 @@ class Store:
         return self._engine.step
 
     @property
+    def durable_step(self) -> int:
+        """See `session.Session.durable_step`."""
+        return self._engine.durable_step
+
+    def when_durable(self, listener: Callable[[int], None]) -> None:
+        """Call with `durable_step` whenever a journal or a seal has moved it; on any thread."""
+        self._trained().when_durable(listener)
+
+    @property
     def recovery(self) -> RecoveryReport | None:
         """How the store was found when it was opened for training."""
         return self._engine.recovery if isinstance(self._engine, Engine) else None
@@ -119,7 +130,12 @@ class Store:
         return self._engine.marks
 
     def check_open(self) -> None:
-        """Raises: StoreClosedError."""
+        """Raises: StoreClosedError, ProtocolError (another process)."""
+        if os.getpid() != self._process:
+            raise ProtocolError(
+                f"the store was opened in process {self._process}; it does not survive a fork. "
+                "Open it after the fork, or start worker processes by 'spawn'"
+            )
         if self._engine.closed:
             raise StoreClosedError("the store was closed; open it again")
 
@@ -139,9 +155,16 @@ class Store:
         *,
         context: TokenIds | None = None,
         attention_mask: TokenIds | None = None,
+        part: int = 0,
         slots: SlotPool | None = None,
     ) -> StoreWindow:
-        """See `session.Session.announce`; rows go to `slots`, if not to the store's own."""
+        """See `session.Session.announce`.
+
+        Args:
+            tokens, step, context, attention_mask: as there.
+            part: gradients of a step are summed by part, then in the order of announcement.
+            slots: where the rows go; None: the store's own.
+        """
         self.check_open()
         if step is not None:
             self._trained()
@@ -152,57 +175,24 @@ class Store:
         window = StoreWindow(
             self,
             step,
+            part,
             np.array(tokens, np.int64),
             None if context is None else np.array(context, np.int64),
             None if attention_mask is None else np.array(attention_mask),
             slots or self._slots,
         )
-        for layer, stream in self._engine.streams.items():
-            window.lookups[layer] = LayerLookup(stream.submit(self._find, window, layer))
+        self._announced.add(window)
         self._counters.windows += 1
-        if step is not None:
-            with self._lock:
-                self._windows.append(window)
-            if step == self.step:
-                self._start_gathers(window)
         return window
 
-    def _find(self, window: StoreWindow, layer: int) -> tuple[RowIds, Inverse]:
-        return self._scratch[layer].look_up(
-            self.recipe, layer, window.tokens, window.context, window.attention_mask
-        )
-
-    def _start_gathers(self, window: StoreWindow) -> None:
-        for layer in window.lookups:
-            self.start_gather(window, layer)
-
     def start_gather(self, window: StoreWindow, layer: int) -> None:
-        """Let the layer's stream gather the window's rows as they are now."""
-        stream = self._engine.streams[layer]
-        window.lookups[layer].gathered = stream.submit(self._gather, window, layer)
-
-    def _gather(self, window: StoreWindow, layer: int) -> RowBlock:
-        lookup, spec = window.lookups[layer], self.tables[layer]
-        rows, inverse = lookup.found.result()
-        needed = rows.size * spec.row_bytes
-        buffer = window.slots.take(needed)
-        lookup.buffer = buffer
-        block: NDArray[Any] = buffer[:needed].view(spec.dtype.storage).reshape(rows.size, spec.dim)
-        found = self._engine.gather(layer, rows, block)
-        self._table_counters[layer].count_gather(inverse.size, rows.size, *found)
-        return block
+        """Gather a window's rows as they are now, if that was not begun before."""
+        self._announced.start(window, layer)
 
     def release(self, window: StoreWindow) -> None:
         """Give the buffers of a closed window back."""
-        with self._lock:
-            if window in self._windows:
-                self._windows.remove(window)
         self.forget_sums()
-        for layer, lookup in window.lookups.items():
-            if self._engine.closed:
-                return
-            if lookup.gathered is not None:
-                self._engine.streams[layer].submit(_recycle, window.slots, lookup)
+        self._announced.end(window)
 
     def count_wait(self, seconds: float, *, late: bool) -> None:
         """A caller waited for rows."""
@@ -211,8 +201,7 @@ class Store:
     # ------------------------------------------------------------------ committing
 
     def _pending(self) -> list[StoreWindow]:
-        with self._lock:
-            return [w for w in self._windows if w.step == self.step]
+        return self._announced.of_step(self.step)
 
     def _sum_gradients(self) -> dict[int, SummedGradients]:
         """The pending step's gradients of every table, summed once per push."""
@@ -224,7 +213,7 @@ class Store:
                 part for w in self._pending() if (part := w.lookups[layer].gradient) is not None
             ]
             futures[layer] = stream.submit(
-                self._summers[layer].sum_parts, parts, self._scratch[layer]
+                self._summers[layer].sum_parts, parts, self._announced.scratch[layer]
             )
         wait(futures.values())  # also when one fails: its memory is used again
         return {layer: future.result() for layer, future in futures.items()}
@@ -253,9 +242,9 @@ class Store:
         gradient_scale: float = 1.0,
         eps: float | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
-        mark: Mark | None = None,
+        marks: tuple[Mark, ...] = (),
     ) -> Applied:
-        """See `session.Session.commit`; `mark` says for whom, if not for this process."""
+        """See `session.Session.commit`; `marks` say for whom, if not for this process."""
         engine = self._trained()
         if step != self.step:
             raise (DuplicateStepError if step < self.step else StepGapError)(step, self.step)
@@ -276,12 +265,12 @@ class Store:
             for layer, spec in self.tables.items()
             if (part := summed[layer]).rows.size
         ]
-        engine.commit(step, updates, (mark or Mark(session=self._session, epoch=0, step=step),))
+        mine = Mark(session=self._session, epoch=0, step=step)
+        engine.commit(step, updates, marks or (mine,))
         self.forget_sums()
         for window in pending:
             window.close()
-        for window in self._pending():
-            self._start_gathers(window)
+        self._announced.begin_step()
         self._counters.steps += 1
         for layer, part in summed.items():
             self._table_counters[layer].count_update(part.rows.size, part.skipped)
@@ -302,33 +291,39 @@ class Store:
         return self._engine.paths.snapshot_steps()
 
     def keep_snapshots(self, newest: int) -> None:
-        """Drop all but the newest snapshots, and the files that only they need.
-
-        Nothing drops snapshots by itself: a checkpoint may name any of them. A kept snapshot
-        keeps its segments and its base generation on disk.
-
-        Raises:
-            ConfigError: fewer than one is to be kept.
-        """
-        if newest < 1:
-            raise ConfigError(f"at least one snapshot is kept, asked for {newest}")
+        """Drop all but the newest snapshots and the pinned ones; see `collect_garbage`."""
         self._trained().catalog.keep_snapshots(newest)
 
-    def restore(self, snapshot: SnapshotRef | int) -> None:
-        """See `session.Session.restore`. Announced windows are closed."""
+    def collect_garbage(self, keep: int | None = None, *, dry_run: bool = False) -> GarbageReport:
+        """Drop older snapshots, and the files that only they need.
+
+        A snapshot keeps its segments and its base generation on disk. None is dropped unless it is
+        asked for, here or by `keep_snapshots` of `engram_store.open`: a checkpoint may name any.
+
+        Args:
+            keep: how many of the newest stay, beside the pinned; None: all.
+            dry_run: only tell what would go.
+
+        Raises:
+            ConfigError: `keep` is less than 1.
+            StoreFileError: a snapshot or a pin is damaged; files stay where that is so.
+        """
+        return self._trained().catalog.collect(keep=keep, dry_run=dry_run)
+
+    def restore(self, snapshot: Wanted) -> None:
+        """See `session.Session.restore`; takes names too. Announced windows are closed.
+
+        Raises:
+            ProtocolError: a newer snapshot is pinned, and would be forgotten; nothing changed.
+        """
         engine = self._trained()
-        engine.catalog.find_snapshot(snapshot)  # before anything changes
-        with self._lock:
-            windows = list(self._windows)
-        for window in windows:
-            window.close()
-        for stream in engine.streams.values():
-            stream.submit(int).result()
-        engine.restore(snapshot)
+        with engine.catalog.goal(snapshot):  # before anything changes
+            self._announced.end_all()
+            engine.restore(snapshot)
 
     def seal(self) -> None:
         """Write what is in shared memory to disk now; returns when that is durable."""
-        self._trained().freeze().result()
+        self._trained().seal()
 
     def fold(self) -> None:
         """Write segments into a new base generation now, instead of when they outweigh it."""
@@ -366,23 +361,19 @@ class Store:
     def close(self) -> None:
         """Close the store; in training its current step becomes a snapshot.
 
+        Closing twice is fine; in a forked process nothing happens.
+
         Raises:
             DiskFullError: the newest rows stay in shared memory for the next open.
         """
-        self._engine.close()
+        if os.getpid() == self._process:
+            self._engine.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _recycle(slots: SlotPool, lookup: LayerLookup) -> None:
-    """On the stream, so after the gather that may still be running."""
-    if lookup.buffer is not None:
-        buffer, lookup.buffer = lookup.buffer, None
-        slots.give_back(buffer)
 
 
 def _rate(lr: float | Mapping[int, float], layer: int) -> float:

@@ -3,6 +3,7 @@
 import enum
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from types import NoneType
 from typing import Any, Self, TypeAlias
 
 import numpy as np
@@ -119,18 +120,37 @@ class TableSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of `to_json`. Raises: ConfigError for unknown keys or values."""
+        """Inverse of `to_json`.
+
+        Raises:
+            ConfigError: not an object, unknown or missing keys, or values of another type: 4.0
+            and true are no whole numbers.
+        """
         try:
-            return cls(
-                **{
-                    **data,
-                    "dtype": RowDtype(data["dtype"]),
-                    "optimizer": OptimizerKind(data["optimizer"]),
-                    "on_nonfinite": NonFinitePolicy(data["on_nonfinite"]),
-                }
-            )
+            values = {**data}
+            for key, kind in _ENUMS.items():
+                values[key] = kind(values[key])
+            for key in values.keys() & _WHOLE_NUMBERS:
+                if type(values[key]) is not int:
+                    raise TypeError(f"{key} is {values[key]!r:.100}, not a whole number")
+            if type(values.get("chunk_rows")) not in (int, NoneType):
+                raise TypeError(f"chunk_rows is {values['chunk_rows']!r:.100}, not a whole number")
+            if not isinstance(values.get("stochastic_rounding", True), bool):
+                raise TypeError(
+                    f"stochastic_rounding is {values['stochastic_rounding']!r:.100}, not true or "
+                    "false"
+                )
+            return cls(**values)
         except (TypeError, KeyError, ValueError) as error:
             raise ConfigError(f"not a table description: {error}") from error
+
+
+_ENUMS: Mapping[str, type[enum.StrEnum]] = {
+    "dtype": RowDtype,
+    "optimizer": OptimizerKind,
+    "on_nonfinite": NonFinitePolicy,
+}
+_WHOLE_NUMBERS = frozenset({"layer", "rows", "dim", "seed"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,3 +177,26 @@ class HyperParameters:
             raise ConfigError(f"betas must be below 1, got {self.beta1} and {self.beta2}")
         if self.eps is not None and not (np.isfinite(self.eps) and self.eps >= 0):
             raise ConfigError(f"eps must be finite and not negative, got {self.eps}")
+
+
+@dataclass(frozen=True, slots=True)
+class Durability:
+    """When applied steps outlive the host."""
+
+    journaled: bool
+    """False: with the next snapshot."""
+    group_seconds: float = 0.0
+    """0: before commit returns; otherwise so long after it."""
+
+    @classmethod
+    def parse(cls, text: str) -> "Durability":
+        """`snapshot`, `step`, or `group(20)`, in milliseconds. Raises: ConfigError."""
+        if text in ("snapshot", "step"):
+            return cls(journaled=text == "step")
+        number = text.removeprefix("group(").removesuffix(")")
+        if text == f"group({number})" and number.isdecimal() and 1 <= int(number) <= 60_000:
+            return cls(journaled=True, group_seconds=int(number) / 1000)
+        raise ConfigError(
+            f"durability is {text!r}; allowed are 'snapshot', 'step' and 'group(MS)' with 1 to "
+            "60000 milliseconds, such as 'group(50)'"
+        )

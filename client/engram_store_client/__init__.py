@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from engram_store_client.admin import connect_admin
     from engram_store_client.conformance import check_gating
     from engram_store_client.gates import (
         ConvCarry,
@@ -39,6 +40,7 @@ __all__ = [
     "build_gate",
     "check_gating",
     "connect",
+    "connect_admin",
 ]
 
 _HOMES = {
@@ -47,6 +49,7 @@ _HOMES = {
     "attach": "huggingface",
     "check_gating": "conformance",
     "connect": "transport",
+    "connect_admin": "admin",
 }
 
 

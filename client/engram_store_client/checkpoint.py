@@ -22,7 +22,9 @@ from engram_store.errors import (
     StoreNotFoundError,
     UnknownVersionError,
 )
-from engram_store.layout.files import WriteCounter, make_directory, replace_file
+from engram_store.layout.disk import Disk
+from engram_store.layout.documents import parse_json, text, whole
+from engram_store.layout.files import make_directory, replace_file
 from engram_store.session import Session, SnapshotRef
 from engram_store_client.gates import Gate, GateConfig
 
@@ -48,7 +50,8 @@ def save(directory: Path, gates: Mapping[int, Gate], snapshot: SnapshotRef, *, s
 
     Raises: DiskFullError, OSError; an older checkpoint there is still complete then.
     """
-    make_directory(directory)
+    disk = Disk()
+    make_directory(directory, disk)
     config = {
         "version": _VERSION,
         "step": step,
@@ -60,10 +63,9 @@ def save(directory: Path, gates: Mapping[int, Gate], snapshot: SnapshotRef, *, s
         for number, gate in gates.items()
         for name, tensor in gate.state_dict().items()
     }
-    text = json.dumps(config, indent=2, sort_keys=True)
-    written = WriteCounter()
-    replace_file(directory / DENSE_FILE, serialize(tensors, {_KEY: text}), written)
-    replace_file(directory / CONFIG_FILE, f"{text}\n".encode(), written)
+    described = json.dumps(config, indent=2, sort_keys=True)
+    replace_file(directory / DENSE_FILE, serialize(tensors, {_KEY: described}), disk)
+    replace_file(directory / CONFIG_FILE, f"{described}\n".encode(), disk)
 
 
 def read(directory: Path, gates: Mapping[int, Gate]) -> Checkpoint:
@@ -79,24 +81,48 @@ def read(directory: Path, gates: Mapping[int, Gate]) -> Checkpoint:
     try:
         if config["version"] != _VERSION:
             raise UnknownVersionError(
-                path, f"has format {config['version']}, this engram-store reads {_VERSION}"
+                path, f"has format {config['version']!r:.100}, this engram-store reads {_VERSION}"
             )
-        snapshot, step, saved = SnapshotRef(**config["store"]), int(config["step"]), config["gates"]
-    except (KeyError, TypeError) as error:
-        raise ForeignFileError(path, f"its description lacks something: {error}") from error
+        snapshot, step = _snapshot_of(config["store"]), whole(config["step"], "step")
+        saved = dict(config["gates"].items())
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ForeignFileError(
+            path,
+            f"is no checkpoint of save_pretrained(); its description lacks something: {error}",
+        ) from error
     _check_gates(path, saved, gates)
     states = {number: _state(tensors, number, gate) for number, gate in gates.items()}
     return Checkpoint(snapshot, step, states)
 
 
-def check_store(checkpoint: Checkpoint, session: Session) -> None:
-    """Raises: SnapshotMismatchError when the checkpoint belongs to another store."""
-    if checkpoint.snapshot.store_id != session.store_id:
+def _snapshot_of(described: Mapping[str, Any]) -> SnapshotRef:
+    """Raises: KeyError, TypeError, ValueError: not what `save` writes."""
+    snapshot = SnapshotRef(**described)
+    text(snapshot.store_id, "store_id")
+    whole(snapshot.step, "step of the snapshot")
+    text(snapshot.digest, "digest")
+    return snapshot
+
+
+def restore_tables(checkpoint: Checkpoint, session: Session) -> None:
+    """Take the store back to the checkpoint's snapshot.
+
+    Raises:
+        SnapshotMismatchError: the checkpoint belongs to another store, which this one was not
+            exported from at that snapshot, or its snapshot is gone. Nothing changed.
+    """
+    try:
+        # The store decides: one that was exported from the very snapshot has another id.
+        session.restore(checkpoint.snapshot)
+    except SnapshotMismatchError as error:
+        if checkpoint.snapshot.store_id == session.store_id:
+            raise
         raise SnapshotMismatchError(
             f"the checkpoint belongs to store {checkpoint.snapshot.store_id!r} (snapshot at step "
             f"{checkpoint.snapshot.step}), this is store {session.store_id!r} at step "
-            f"{session.step}; nothing was changed. Connect to the store it was saved with"
-        )
+            f"{session.step}; nothing was changed. Connect to the store it was saved with, or to "
+            f"one exported from that snapshot ({error})"
+        ) from error
 
 
 def _check_gates(path: Path, saved: Mapping[str, Any], gates: Mapping[int, Gate]) -> None:
@@ -114,7 +140,7 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise StoreNotFoundError(path, "no checkpoint here; save_pretrained() writes one")
     try:
         with safe_open(path, framework="pt") as file:
-            config = json.loads((file.metadata() or {})[_KEY])
+            config = parse_json((file.metadata() or {})[_KEY])
             return config, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError) as error:
         raise ForeignFileError(path, f"is no checkpoint of save_pretrained(): {error}") from error

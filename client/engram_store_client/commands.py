@@ -27,12 +27,17 @@ def demo(
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of all random numbers.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 2,
+    embedded: Annotated[
+        bool,
+        typer.Option("--embedded", help="Without store processes, and so without their kills."),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Train tables on disk, on this machine's own text, against the zero-table control.
 
-    Exit code 1: Engram was not better than the control, or the run that was killed and resumed
-    is not bit-equal to the uninterrupted one.
+    The stores are processes of their own (`engram-store serve`), which are killed on the way.
+    Exit code 1: Engram was not better than the control, or the run whose trainer and whose store
+    were killed is not bit-equal to the undisturbed one.
     """
     # Idle threads of torch spin by default, on cores that the store's threads and other
     # programs need (4x slower beside another job). OpenMP reads this once, when torch is loaded.
@@ -43,7 +48,7 @@ def demo(
         from engram_store_client.demo.settings import Settings
 
         settings = Settings.chosen(quick=quick, steps=steps, seed=seed, threads=threads)
-        report = run_demo(chosen, settings)
+        report = run_demo(chosen, settings, embedded=embedded)
     if json:
         from json import dumps
 

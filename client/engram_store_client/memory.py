@@ -237,14 +237,14 @@ class Memory:
 
         Raises:
             StoreFileError, ConfigError, ShapeError: the checkpoint is missing, or of other gates.
-            SnapshotMismatchError: it belongs to another store, or its snapshot is gone.
+            SnapshotMismatchError: it belongs to another store, which this one was not exported
+                from, or its snapshot is gone.
             In all cases nothing has changed.
         """
         self._check_attached()
         loaded = checkpoint.read(Path(directory), self._gates)
-        checkpoint.check_store(loaded, self.session)
         if not self.zero_table:
-            self.session.restore(loaded.snapshot)
+            checkpoint.restore_tables(loaded, self.session)
         self._windows.restart_at(loaded.step)
         self._clip_scale = 1.0
         for number, gate in self._gates.items():

@@ -36,12 +36,27 @@ def to_device(
     else:
         host = _tensor(block)
     # Rows cross to the device in storage dtype and are widened there.
-    return host.to(device).to(dtype), _tensor(inverse).to(device)
+    there = host.to(device).to(dtype)
+    if there is host and not block.flags.writeable:
+        there = host.clone()
+    return there, _tensor(inverse).to(device)
+
+
+class _Writable:
+    """Shows a read-only array as a writable one: torch knows no read-only tensors.
+
+    Whoever writes to it all the same is stopped by the memory itself, where that is read-only.
+    """
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        self._array = array
+        address, _ = array.__array_interface__["data"]
+        self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:
-    """Share an array's memory; read-only ones are copied because torch has no such tensors."""
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
+    """Share an array's memory, which must not be written to if it is read-only."""
+    return torch.from_numpy(array if array.flags.writeable else np.asarray(_Writable(array)))
 
 
 def gradient_block(gradient: Tensor) -> GradientBlock:

@@ -4,7 +4,8 @@ import gc
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +33,22 @@ class Workload:
     orders: tuple[int, ...] = (2, 3)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecoverWorkload(Workload):
+    """What `bench recover` measures; `repetitions` are those of every kill."""
+
+    overlay_rows: int = 5_000_000
+    """Rows in shared memory when the store is killed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WritesWorkload(Workload):
+    """What `bench writes` measures; `repetitions` are the steps that are trained."""
+
+    limited_steps: int = 5
+    """Steps of every writer while memory is a third of the table."""
+
+
 @dataclass(frozen=True, slots=True)
 class Timing:
     """Durations of one case, warm-up left out."""
@@ -55,6 +72,31 @@ class Timing:
         return float(self.samples_ms.max())
 
 
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """What is not a duration: a rate, an amount of memory."""
+
+    name: str
+    unit: str
+    samples: NDArray[np.float64]
+
+    @property
+    def median(self) -> float:
+        """Half of the samples are larger."""
+        return float(np.median(self.samples))
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {
+            "name": self.name,
+            "unit": self.unit,
+            "median": round(self.median, 4),
+            "min": round(float(self.samples.min()), 4),
+            "max": round(float(self.samples.max()), 4),
+            "repetitions": int(self.samples.size),
+        }
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
     """A promise, and what this run says about it."""
@@ -66,10 +108,16 @@ class Target:
     met: bool | None
 
     @classmethod
-    def at_most(cls, what: str, limit: float, measured: float | None) -> "Target":
-        """Milliseconds that may not be exceeded."""
+    def at_most(cls, what: str, limit: float, measured: float | None, unit: str = "ms") -> "Target":
+        """A limit that may not be exceeded; of milliseconds, unless `unit` is another."""
         met = None if measured is None else measured <= limit
-        return cls(what=what, target=f"<= {limit:g} ms", measured=measured, met=met)
+        return cls(what=what, target=f"<= {limit:g} {unit}", measured=measured, met=met)
+
+    @classmethod
+    def at_least(cls, what: str, least: float, measured: float | None, unit: str) -> "Target":
+        """What has to be reached, in `unit`."""
+        met = None if measured is None else measured >= least
+        return cls(what=what, target=f">= {least:g} {unit}", measured=measured, met=met)
 
     @classmethod
     def times_faster(cls, what: str, factor: float, measured: float | None) -> "Target":
@@ -88,6 +136,7 @@ class Report:
     timings: list[Timing] = field(default_factory=list)
     references: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Which timings each timing is compared with, by name."""
+    quantities: list[Quantity] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -121,6 +170,7 @@ class Report:
                 }
                 for timing in self.timings
             ],
+            "quantities": [quantity.to_json() for quantity in self.quantities],
             "targets": [asdict(target) for target in self.targets],
             "notes": self.notes,
         }
@@ -139,9 +189,7 @@ def measure(cases: Mapping[str, Case], *, repetitions: int, batches: int) -> lis
     """
     samples: dict[str, list[float]] = {name: [] for name in cases}
     stride = max(batches // len(cases), 1)
-    gc.collect()
-    gc.disable()
-    try:
+    with undisturbed():
         for turn in range(WARM_UP + repetitions):
             for position, (name, case) in enumerate(cases.items()):
                 batch = (turn + position * stride) % batches
@@ -149,9 +197,18 @@ def measure(cases: Mapping[str, Case], *, repetitions: int, batches: int) -> lis
                 own = case(batch)
                 elapsed = (time.perf_counter() - started) * 1e3
                 samples[name].append(elapsed if own is None else own)
+    return [Timing(name, np.array(times[WARM_UP:])) for name, times in samples.items()]
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """No garbage collection meanwhile."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
     finally:
         gc.enable()
-    return [Timing(name, np.array(times[WARM_UP:])) for name, times in samples.items()]
 
 
 def stopwatch_ms(action: Callable[[], Any]) -> float:
@@ -163,7 +220,7 @@ def stopwatch_ms(action: Callable[[], Any]) -> float:
 
 def describe_machine() -> dict[str, Any]:
     """What the numbers were measured on."""
-    names = ("engram-store", "numpy", "numba", "llvmlite", "torch")
+    names = ("engram-store", "numpy", "numba", "llvmlite", "torch", "grpcio", "protobuf")
     return {
         "cpu": _first_value("/proc/cpuinfo", "model name") or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from engram_store.bench.harness import Report, Target
+from engram_store.bench.harness import Quantity, Report, Target
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
@@ -19,7 +19,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     console.print(f"{machine['cpu']}, {machine['cores']} cores, load {loads}", style="dim")
 
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("one layer, one thread")
+    table.add_column("one layer")
     for name in ("median ms", "p95"):
         table.add_column(name, justify="right")
     table.add_column("takes")
@@ -34,6 +34,9 @@ def print_report(report: Report, console: Console | None = None) -> None:
         )
     console.print()
     console.print(table)
+    if report.quantities:
+        console.print()
+        console.print(_quantities(report.quantities))
     console.print()
     for target in report.targets:
         console.print(_target_line(target))
@@ -41,9 +44,26 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console.print(note, style="dim")
 
 
+def _quantities(quantities: list[Quantity]) -> Table:
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for name in ("", "median", "least", "most"):
+        table.add_column(name, justify="right" if name else "left")
+    table.add_column("")
+    for quantity in quantities:
+        values = (quantity.median, quantity.samples.min(), quantity.samples.max())
+        table.add_row(quantity.name, *(_number(float(value)) for value in values), quantity.unit)
+    return table
+
+
 def _target_line(target: Target) -> str:
     if target.measured is None:
         return f"[yellow]not measured[/]  {target.what} (target {target.target})"
     mark = "[green]met[/]   " if target.met else "[red]missed[/]"
-    unit = "x" if target.target.endswith("x") else " ms"
-    return f"{mark}  {target.what}: {target.measured:.2f}{unit} (target {target.target})"
+    word = target.target.split()[-1]
+    unit = "x" if word.endswith("x") else f" {word}"
+    return f"{mark}  {target.what}: {_number(target.measured)}{unit} (target {target.target})"
+
+
+def _number(value: float) -> str:
+    """Two decimals, or more of what is small."""
+    return f"{value:.2f}" if abs(value) >= 1 or not value else f"{value:.2g}"

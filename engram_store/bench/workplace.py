@@ -29,14 +29,17 @@ LAYER = 1
 BATCHES = 32
 """Different steps that are measured in turn."""
 _FILL_ROWS = 1 << 14
-_STD = 0.02
+STD = 0.02
+"""Of initial rows."""
 _TRAINED_STEPS = 8
+FIRST_STEP = _TRAINED_STEPS + 1
+"""Where every benchmark starts: a snapshot of this step is kept."""
 _OVERLAY_BYTES = 512 << 20
 
 Say = Callable[[str], None]
 
 
-class _RepeatedNormal(Normal):
+class RepeatedNormal(Normal):
     """Normal rows of which every 16,384 are alike: written as fast as the disk takes them."""
 
     def rows(self, layer: int, first: int, count: int, spec: TableSpec) -> RowBlock:  # noqa: ARG002
@@ -46,7 +49,7 @@ class _RepeatedNormal(Normal):
 
 @cache
 def _fill_block(spec: TableSpec) -> RowBlock:
-    return Normal(std=_STD).rows(LAYER, 0, _FILL_ROWS, spec)
+    return Normal(std=STD).rows(LAYER, 0, _FILL_ROWS, spec)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ class Batch:
 
 @dataclass
 class Workplace:
-    """What both benchmarks work on."""
+    """What all benchmarks work on."""
 
     workload: Workload
     recipe: Recipe
@@ -98,7 +101,7 @@ class Workplace:
             "unique_rows_per_step": round(self.unique_rows()),
             "duplication": round(lookups / self.unique_rows(), 2),
             "steps_in_turn": len(self.batches),
-            "overlay_bytes": _overlay_bytes(self.spec),
+            "overlay_bytes": overlay_bytes(self.spec),
         }
 
 
@@ -107,19 +110,12 @@ def open_workplace(workload: Workload, directory: Path, say: Say) -> Workplace:
     segment = min(SEGMENT, workload.tokens)
     say("reading text")
     text = read_text(BATCHES * workload.tokens, segment)
-    recipe = engram(
-        token_map=text.token_map,
-        layers=[LAYER],
-        rows_per_head=workload.rows // (len(workload.orders) * workload.heads),
-        pad_id=0,
-        orders=workload.orders,
-        heads=workload.heads,
-    )
+    recipe = make_recipe(workload, text.token_map)
     steps = text.tokens.reshape(BATCHES, -1, segment)
-    batches = [_batch(recipe, tokens) for tokens in steps]
+    batches = [make_batch(recipe, tokens) for tokens in steps]
     root = _trained_store(recipe, workload, batches, directory, say)
     say("opening the store")
-    store = _open(root)
+    store = open_store(root)
     engine = store._engine  # noqa: SLF001 - the parts of a commit are timed one by one
     assert isinstance(engine, Engine)
     spec = store.tables[LAYER]
@@ -127,22 +123,36 @@ def open_workplace(workload: Workload, directory: Path, say: Say) -> Workplace:
     return Workplace(workload, recipe, store, engine, spec, batches, directory / "rows.bin")
 
 
-def _batch(recipe: Recipe, tokens: TokenIds) -> Batch:
+def make_recipe(workload: Workload, token_map: NDArray[np.int32]) -> Recipe:
+    """One table of about `workload.rows` rows."""
+    return engram(
+        token_map=token_map,
+        layers=[LAYER],
+        rows_per_head=workload.rows // (len(workload.orders) * workload.heads),
+        pad_id=0,
+        orders=workload.orders,
+        heads=workload.heads,
+    )
+
+
+def make_batch(recipe: Recipe, tokens: TokenIds) -> Batch:
+    """The look-ups of tokens, int64 [segments, time]."""
     rows, inverse = LookupScratch().look_up(recipe, LAYER, tokens, None, None)
     return Batch(tokens, rows[inverse].reshape(-1), rows)
 
 
-def _overlay_bytes(spec: TableSpec) -> int:
+def overlay_bytes(spec: TableSpec) -> int:
     """Two memtables, but no more than the table needs."""
     per_slot = 4 + spec.state_bytes + spec.row_bytes
     return min(_OVERLAY_BYTES, 2 * per_slot * (4 * spec.rows + 8192))
 
 
-def _open(root: Path) -> Store:
+def open_store(root: Path) -> Store:
+    """Open the store for training, as every benchmark does."""
     spec = engram_store.inspect(root).metadata.tables[LAYER]
     # Folds would run beside the timed commits in one run and not in the next.
     return engram_store.open(
-        root, mode="train", overlay_bytes=_overlay_bytes(spec), fold_ratio=float("inf")
+        root, mode="train", overlay_bytes=overlay_bytes(spec), fold_ratio=float("inf")
     )
 
 
@@ -155,15 +165,15 @@ def _trained_store(
     # A store of another version or one that a killed run damaged is made again.
     with contextlib.suppress(StoreFileError, SnapshotMismatchError):
         if key.exists() and key.read_text() == wanted:
-            with _open(root) as store:
-                store.restore(_TRAINED_STEPS + 1)
+            with open_store(root) as store:
+                store.restore(FIRST_STEP)
             return root
     key.unlink(missing_ok=True)
     shutil.rmtree(root, ignore_errors=True)
     say("making the table")
-    engram_store.create(root, recipe, dim=workload.dim, initial=_RepeatedNormal(std=_STD))
+    engram_store.create(root, recipe, dim=workload.dim, initial=RepeatedNormal(std=STD))
     say("training it for some steps and folding it")
-    with _open(root) as store:
+    with open_store(root) as store:
         for step in range(_TRAINED_STEPS):
             _train(store, batches[step])
         store.snapshot()
@@ -171,7 +181,7 @@ def _trained_store(
         # The snapshot that is gone back to must be of the new base.
         _train(store, batches[_TRAINED_STEPS])
     say("copying the table into one file")
-    _write_flat(root, directory / "rows.bin")
+    write_flat(root, directory / "rows.bin")
     key.write_text(wanted)
     return root
 
@@ -183,7 +193,8 @@ def _train(store: Store, batch: Batch) -> None:
     store.commit(store.step, lr=0.01)
 
 
-def _write_flat(root: Path, target: Path) -> None:
+def write_flat(root: Path, target: Path) -> None:
+    """Copy all rows of a store's base into one file, one after the other."""
     description = engram_store.inspect(root)
     spec = description.metadata.tables[LAYER]
     generation = StorePaths(root).base(LAYER, description.tables[LAYER].generation)

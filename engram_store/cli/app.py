@@ -26,9 +26,16 @@ from engram_store.errors import (
 _COMMANDS = {
     "create": "engram_store.cli.create:create",
     "inspect": "engram_store.cli.inspect:inspect",
+    "verify": "engram_store.cli.verify:verify",
+    "snapshot": "engram_store.cli.snapshots:snapshot",
     "snapshots": "engram_store.cli.snapshots:snapshots",
     "restore": "engram_store.cli.snapshots:restore",
+    "export": "engram_store.cli.export:export",
+    "pin": "engram_store.cli.pins:pin",
+    "unpin": "engram_store.cli.pins:unpin",
+    "gc": "engram_store.cli.garbage:gc",
     "fold": "engram_store.cli.snapshots:fold",
+    "stores": "engram_store.cli.stores:stores",
     "bench": "engram_store.cli.bench:bench",
     "conformance": "engram_store.cli.conformance:conformance",
 }

@@ -137,8 +137,9 @@ def create(
             progress=progress,
         )
     from engram_store.cli.inspect import print_description
+    from engram_store.layout.inspect import description_json
 
-    print_description(directory, engram_store.inspect(directory))
+    print_description(str(directory), description_json(engram_store.inspect(directory)))
     typer.echo(f"Next: engram_store.open({str(directory)!r}, mode='train') in your training script")
 
 
@@ -194,7 +195,8 @@ def _recipe(
         all_heads = [rows * heads for rows in per_order]
         return recipes.engram_peft(rows_per_order=all_heads, orders=orders, **common, **seeded)
     _refuse(family, seed=seed)
-    if orders != list(range(2, orders[-1] + 1)):
+    # Compared by their number: the last order may be any number that was typed.
+    if orders != list(range(2, len(orders) + 2)):
         raise typer.BadParameter(f"{family} takes 2,3,... without gaps", param_hint="--orders")
     rows = _single(rows_per_head, family)
     return recipes.deepseek_v41(rows_per_head=rows, max_order=orders[-1], **common)
@@ -226,7 +228,10 @@ def _load_tokenizer(path: Path) -> "Tokenizer":
 
     try:
         return Tokenizer.from_file(str(path))
-    except Exception as error:  # the bindings raise Exception itself
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # The bindings raise Exception itself, and for some files a panic, which is no Exception.
+    except BaseException as error:
         raise typer.BadParameter(
             f"{path} cannot be read as a tokenizer.json: {error}", param_hint="--tokenizer"
         ) from error

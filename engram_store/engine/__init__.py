@@ -5,7 +5,8 @@ into a segment (`seal`), segments are folded into a new base generation (`fold`)
 of it is put together again (`recovery`). `table` knows where each row is at any moment.
 """
 
-from engram_store.engine.engine import Engine, EngineOptions
+from engram_store.engine.engine import Engine
+from engram_store.engine.options import EngineOptions
 from engram_store.engine.recovery import RecoveryReport
 
 __all__ = ["Engine", "EngineOptions", "RecoveryReport"]

@@ -1,14 +1,15 @@
-"""What runs beside training: one thread seals memtables, another folds segments.
+"""What runs beside training: one thread seals memtables, another folds and merges segments.
 
 A fold that cannot keep up makes commits wait, visibly; it never makes them fail.
 """
 
-import logging
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from engram_store.engine.catalog import Catalog
-from engram_store.engine.fold import fold_table
+from engram_store.engine.maintenance import Maintenance
 from engram_store.engine.memory import memory_headroom_bytes
 from engram_store.engine.memtable import Commit, Memtable
 from engram_store.engine.seal import Live, write_segments
@@ -18,10 +19,6 @@ from engram_store.failpoints import failpoint
 from engram_store.layout.manifest import SegmentRef
 from engram_store.layout.segments import open_segment
 from engram_store.session import SnapshotRef
-
-MAX_SEGMENTS = 64
-"""Segments of a table that start a fold whatever their size; twice as many make commits wait."""
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,25 +33,25 @@ class _Frozen:
 
 
 class Background:
-    """The two maintenance threads of an engine."""
+    """The two background threads of an engine."""
 
     def __init__(
         self,
         catalog: Catalog,
         tables: dict[int, Table],
         memtables: list[Memtable],
-        fold_ratio: float,
+        maintenance: Maintenance,
+        on_sealed: Callable[[int, int], None],
     ) -> None:
+        """`on_sealed` is told number and step of a memtable before its memory is used again."""
         self._catalog, self._tables, self._memtables = catalog, tables, memtables
-        self._fold_ratio = fold_ratio
+        self._on_sealed = on_sealed
         self._sealer = ThreadPoolExecutor(1, "engram-seal")
-        self._folder = ThreadPoolExecutor(1, "engram-fold")
+        self.maintenance = maintenance
         self._seal: tuple[_Frozen, Future[SnapshotRef | None]] | None = None
-        self._fold: Future[None] | None = None
         self.sealed_step = catalog.manifest.step
         """Step covered by everything sealed or being sealed."""
         self.seals = 0
-        self.folds = 0
 
     # ------------------------------------------------------------------ sealing
 
@@ -97,7 +94,7 @@ class Background:
                 memtable.tables,
                 frozen.number,
                 frozen.commit,
-                catalog.counter,
+                catalog.disk,
             )
         failpoint("seal.segments_written")
         refs = {layer: ref for layer, (ref, _) in written.items()}
@@ -106,10 +103,19 @@ class Background:
         for layer, (segment_ref, live) in written.items():
             self._switch_to_segment(self._tables[layer], frozen.index, segment_ref, live)
         failpoint("seal.patched")
+        self._on_sealed(frozen.number, frozen.commit.step)
         memtable.release()
         self.seals += 1
-        self._start_fold_if_due()
+        self._count(frozen, written)
+        self.maintenance.start_if_due()
         return ref
+
+    def _count(self, frozen: _Frozen, written: dict[int, tuple[SegmentRef, Live]]) -> None:
+        counts = dict(zip(self._tables, frozen.commit.counts, strict=True))
+        for layer, (ref, _) in written.items():
+            spec = self._tables[layer].spec
+            slot_bytes = 4 + spec.row_bytes + spec.state_bytes
+            self.maintenance.budget.sealed(counts[layer] * slot_bytes, ref.slots * slot_bytes)
 
     def _switch_to_segment(self, table: Table, index: int, ref: SegmentRef, live: Live) -> None:
         catalog = self._catalog
@@ -123,79 +129,30 @@ class Background:
                 mapping.populate_read()
         table.move_to_segment(index, live, segment)
 
-    # ------------------------------------------------------------------ folding
-
-    def _due(self, table: Table) -> bool:
-        spec = table.spec
-        per_row = spec.row_bytes + spec.state_bytes
-        segment_bytes = sum(segment.ref.slots for segment in table.segments) * per_row
-        return (
-            segment_bytes >= self._fold_ratio * spec.rows * per_row
-            or len(table.segments) >= MAX_SEGMENTS
-        )
-
-    def _start_fold_if_due(self) -> None:
-        idle = self._fold is None or self._fold.done()
-        due = [table for table in self._tables.values() if self._due(table)]
-        if idle and due:
-            self._fold = self._folder.submit(self._fold_tables, due)
-
-    def fold_now(self) -> None:
-        """Fold every table that has segments; returns when it is done.
-
-        Raises:
-            DiskFullError: the tables are as before.
-        """
-        self._folder.submit(self._fold_tables, list(self._tables.values())).result()
-
-    def _fold_tables(self, tables: list[Table]) -> None:
-        try:
-            for table in tables:
-                self._fold_one(table)
-        except (EngramStoreError, OSError) as error:
-            _logger.warning("a fold failed and will be tried again: %s", error)
-            raise
-
-    def _fold_one(self, table: Table) -> None:
-        with table.lock:
-            segments = list(table.segments)
-        if not segments:
-            return
-        catalog, layer = self._catalog, table.spec.layer
-        generation = catalog.manifest.table(layer).generation
-        folded = fold_table(table, generation, catalog.bases[layer], segments, catalog.counter)
-        failpoint("fold.base_written")
-        catalog.replace_base(layer, {segment.ref.number for segment in segments}, folded)
-        failpoint("fold.published")
-        table.fold_into_base(segments, folded.generation, folded.description)
-        failpoint("fold.swapped")
-        self.folds += 1
-        catalog.collect_garbage()
-
-    def wait_for_folds(self) -> None:
-        """Hold a commit back while some table has far too many segments."""
-        while self._fold is not None and any(
-            len(table.segments) >= 2 * MAX_SEGMENTS for table in self._tables.values()
-        ):
-            _logger.warning("commits wait for a fold: the disk is slower than training")
-            self._fold.result()
-            self._start_fold_if_due()
-
     # ------------------------------------------------------------------ standing still
 
     def drain(self) -> None:
         """Wait for seals and folds. Raises: what a seal raises; a failed fold is only logged."""
         self.wait_for_seal()
-        # One thread folds, so this also waits for folds that somebody asked for.
-        self._folder.submit(int).result()
-        self._fold = None
+        self.maintenance.drain()
+
+    @contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """Nothing is sealed, folded or merged meanwhile; nobody may freeze a memtable.
+
+        Raises: as `wait_for_seal`.
+        """
+        self.wait_for_seal()
+        with self.maintenance.standing_still():
+            yield
 
     def start_over(self) -> None:
         """The tables were filled anew; nothing is under way."""
         self._seal = None
         self.sealed_step = self._catalog.manifest.step
+        self.maintenance.start_over()
 
     def stop(self) -> None:
         """Finish what runs and end the threads."""
         self._sealer.shutdown()
-        self._folder.shutdown()
+        self.maintenance.stop()

@@ -28,8 +28,13 @@ def _slot_count(n: int) -> int:
 class SlotPool:
     """Buffers for gathered rows, used again and again: a fresh one costs a fault per page."""
 
-    def __init__(self, allocate: Allocate = plain_memory) -> None:
-        self._allocate = allocate
+    def __init__(
+        self,
+        allocate: Allocate = plain_memory,
+        prepare: Callable[[NDArray[np.uint8]], None] | None = None,
+    ) -> None:
+        """`prepare` is told of every buffer before it is used, new or again."""
+        self._allocate, self._prepare = allocate, prepare
         self._free: dict[int, list[NDArray[np.uint8]]] = {}
         self._lock = threading.Lock()
 
@@ -38,9 +43,12 @@ class SlotPool:
         length = 1 << max(size - 1, 4095).bit_length()
         with self._lock:
             free = self._free.get(length)
-            if free:
-                return free.pop()
-        return self._allocate(length)
+            buffer = free.pop() if free else None
+        if buffer is None:
+            buffer = self._allocate(length)
+        if self._prepare is not None:
+            self._prepare(buffer)
+        return buffer
 
     def give_back(self, buffer: NDArray[np.uint8]) -> None:
         """The buffer may be used for another window."""
@@ -69,16 +77,27 @@ class LookupScratch:
         tokens: TokenIds,
         context: TokenIds | None,
         attention_mask: NDArray[Any] | None,
+        out: tuple[NDArray[np.int32], NDArray[np.int32]] | None = None,
     ) -> tuple[RowIds, Inverse]:
-        """Unique rows in order of first look-up, and int32 [batch, time, columns] into them."""
+        """Hash, and remove repeats.
+
+        Args:
+            recipe, layer, tokens, context, attention_mask: as for `Recipe.rows`.
+            out: where ids and inverse are put, int32 [look-ups] each; None: new memory.
+
+        Returns:
+            Unique rows in order of first look-up, and int32 [batch, time, columns] into them.
+        """
         shape = (*tokens.shape, recipe.columns)
         n = int(np.prod(shape))
         self._grow(n)
         lookups = self._lookups[:n].reshape(shape)
         recipe.rows(layer, tokens, context=context, attention_mask=attention_mask, out=lookups)
-        inverse = np.empty(n, np.int32)
-        found = self.deduplicate(lookups.reshape(-1), inverse)
-        return found.copy(), inverse.reshape(shape)
+        ids, inverse = (self._unique[:n], np.empty(n, np.int32)) if out is None else out
+        slots = self._slots[: _slot_count(n)]
+        count = deduplicate(lookups.reshape(-1), slots, ids, inverse)
+        found = ids[:count].copy() if out is None else ids[:count]
+        return found, inverse.reshape(shape)
 
     def merge(self, parts: list[RowIds]) -> tuple[RowIds, list[NDArray[np.int32]]]:
         """Unique rows of several lists, and each list's positions among them."""

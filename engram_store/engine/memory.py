@@ -1,6 +1,7 @@
 """Memory whose addresses kernels may use: mapped files, shared memory, zeros."""
 
 import contextlib
+import ctypes
 import mmap
 import os
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 PAGE_BYTES = mmap.PAGESIZE
 _POPULATE_READ, _POPULATE_WRITE = 22, 23
 """MADV_POPULATE_*, Linux 5.14; the mmap module does not name them."""
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Mapping:
@@ -61,13 +63,17 @@ class Mapping:
 
     def populate(self) -> None:
         """Fault every page in for writing, so that a commit meets no page fault."""
-        with contextlib.suppress(OSError):
-            self._memory.madvise(_POPULATE_WRITE)
+        self._advise(_POPULATE_WRITE)
 
     def populate_read(self) -> None:
         """Fill the page tables from the page cache, reading what is missing."""
-        with contextlib.suppress(OSError):
-            self._memory.madvise(_POPULATE_READ)
+        self._advise(_POPULATE_READ)
+
+    def _advise(self, advice: int) -> None:
+        # Not `mmap.madvise`: that keeps the interpreter lock, for seconds when it has to read.
+        _libc.madvise(
+            ctypes.c_void_p(self.address), ctypes.c_size_t(self.bytes.size), ctypes.c_int(advice)
+        )
 
     def close(self) -> None:
         """Unmap, or as soon as the last view is gone."""

@@ -19,18 +19,20 @@ from numpy.typing import NDArray
 
 from engram_store.engine.memory import PAGE_BYTES, Mapping
 from engram_store.errors import ConfigError
+from engram_store.layout.disk import Disk
+from engram_store.layout.files import disk_errors
 from engram_store.layout.manifest import Mark
 from engram_store.types import TableSpec
 
 MAX_TABLES = 128
 MAX_MARKS = 32
-_MAGIC = b"ENGRMEM1"
+_MAGIC = b"ENGRMEM2"
 
 _IDENTITY = np.dtype(
     [
         ("magic", "S8"),
         ("store_id", "S32"),
-        ("boot_id", "S36"),
+        ("boot_id", "S40"),
         ("lineage", "<u8"),
         ("layout", "<u8"),
         ("capacity", "<u8"),
@@ -49,6 +51,7 @@ _RECORD = np.dtype(
         ("checksum", "<u8"),
     ]
 )
+_NUMBER_OFFSET = _IDENTITY.fields["number"][1]  # type: ignore[index]
 _PUBLISHED_OFFSET = 512
 _RECORD_OFFSETS = (PAGE_BYTES, 2 * PAGE_BYTES)
 _DATA_OFFSET = 3 * PAGE_BYTES
@@ -105,37 +108,37 @@ def memtable_bytes(specs: list[TableSpec], capacity: int) -> int:
 class Memtable:
     """One memtable file. `number` 0 means that it holds nothing."""
 
-    def __init__(self, path: Path, specs: list[TableSpec], capacity: int) -> None:
+    def __init__(self, path: Path, specs: list[TableSpec], capacity: int, disk: Disk) -> None:
         """Map the file, making it if it is not there; its memory is reserved and faulted in."""
         if len(specs) > MAX_TABLES:
             raise ConfigError(f"a store has at most {MAX_TABLES} tables, got {len(specs)}")
         self.path, self.capacity = path, capacity
-        self._specs = specs
-        offsets, length = _offsets(specs, capacity)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._specs, self._disk = specs, disk
+        self._offsets, length = _offsets(specs, capacity)
+        with disk_errors(path):
+            fd = disk.open_shared(path, length)
         try:
-            # Reserved now: on a full tmpfs a later store would be SIGBUS, this is an error.
-            os.posix_fallocate(fd, 0, length)
             self._mapping = Mapping.of_shared_file(fd, length, path)
         finally:
             os.close(fd)
         self._mapping.populate()
-        self._identity = self._mapping.view(_IDENTITY, 0, (1,))[0]
+        self._identity = self._mapping.view(_IDENTITY, 0, (1,))
+        self._number = self._identity["number"]
         self._published = self._mapping.view("<u8", _PUBLISHED_OFFSET, (1,))
-        self._records = [self._mapping.view(_RECORD, offset, (1,))[0] for offset in _RECORD_OFFSETS]
+        self._records = [self._mapping.view(_RECORD, offset, (1,)) for offset in _RECORD_OFFSETS]
         self.tables = [
             TableSlots(
                 ids=self._mapping.view("<i4", ids, (capacity,)),
                 state=self._mapping.view("<f4", state, (capacity, spec.state_width)),
                 rows=self._mapping.view(spec.dtype.storage, rows, (capacity, spec.dim)),
             )
-            for spec, (ids, state, rows) in zip(specs, offsets, strict=True)
+            for spec, (ids, state, rows) in zip(specs, self._offsets, strict=True)
         ]
 
     @property
     def number(self) -> int:
         """Grows by one with every memtable opened; 0: empty."""
-        return int(self._identity["number"])
+        return int(self._number[0])
 
     @property
     def addresses(self) -> list[tuple[int, int]]:
@@ -144,37 +147,52 @@ class Memtable:
 
     def open_as(self, number: int, store_id: str, lineage: int, commit: Commit) -> None:
         """Start over as memtable `number`, with nothing in it, after `commit`."""
-        self._identity["number"] = 0
-        self._identity["magic"] = _MAGIC
-        self._identity["store_id"] = store_id.encode()
-        self._identity["boot_id"] = boot_id().encode()
-        self._identity["lineage"] = lineage
-        self._identity["layout"] = self._layout()
-        self._identity["capacity"] = self.capacity
-        self._published[0] = 0
+        self._set_number(0)
+        identity = np.zeros(1, _IDENTITY)
+        identity["magic"] = _MAGIC
+        identity["store_id"] = store_id.encode()
+        identity["boot_id"] = boot_id().encode()
+        identity["lineage"] = lineage
+        identity["layout"] = self._layout()
+        identity["capacity"] = self.capacity
+        self._disk.store(self.path, 0, self._identity, identity)
+        self._disk.store(self.path, _PUBLISHED_OFFSET, self._published, 0)
         self.publish(Commit(commit.step, (0,) * len(self.tables), commit.marks))
-        self._identity["number"] = number
+        self._set_number(number)
 
     def release(self) -> None:
         """Its content is sealed elsewhere: hold nothing."""
-        self._identity["number"] = 0
+        self._set_number(0)
+
+    def _set_number(self, number: int) -> None:
+        self._disk.store(self.path, _NUMBER_OFFSET, self._number, number)
+
+    def wrote(self, table: int, first: int, count: int) -> None:
+        """Slots first..first+count-1 of a table have their ids, state and rows."""
+        slots = self.tables[table]
+        arrays = (slots.ids, slots.state, slots.rows)
+        for array, offset in zip(arrays, self._offsets[table], strict=True):
+            begin = offset + first * array.strides[0]
+            self._disk.stored(self.path, begin, array[first : first + count])
 
     def publish(self, commit: Commit) -> None:
         """Make a commit real: fill the record that is not in force, then select it."""
         sequence = int(self._published[0]) + 1
-        record = self._records[sequence % 2]
+        record = np.zeros(1, _RECORD)
         record["sequence"] = sequence
         record["step"] = commit.step
-        record["counts"][: len(commit.counts)] = commit.counts
+        record["counts"][0, : len(commit.counts)] = commit.counts
         record["mark_count"] = len(commit.marks)
         for i, mark in enumerate(commit.marks):
-            record["marks"][i] = (mark.session.encode(), mark.epoch, mark.step, mark.part)
+            record["marks"][0, i] = (mark.session.encode(), mark.epoch, mark.step, mark.part)
         record["checksum"] = _checksum(record)
-        self._published[0] = sequence
+        place = sequence % 2
+        self._disk.store(self.path, _RECORD_OFFSETS[place], self._records[place], record)
+        self._disk.store(self.path, _PUBLISHED_OFFSET, self._published, sequence)
 
     def committed(self) -> Commit:
         """The commit in force."""
-        record = self._records[int(self._published[0]) % 2]
+        record = self._records[int(self._published[0]) % 2][0]
         marks = tuple(
             Mark(
                 session=mark["session"].decode(),
@@ -189,16 +207,20 @@ class Memtable:
 
     def trusted(self, store_id: str, lineage: int) -> bool:
         """Whether its content belongs to this store, this lineage and this boot, and is whole."""
-        record = self._records[int(self._published[0]) % 2]
+        record = self._records[int(self._published[0]) % 2][0]
+        identity = self._identity[0]
         return bool(
             self.number
-            and self._identity["magic"] == _MAGIC
-            and self._identity["store_id"] == store_id.encode()
-            and self._identity["boot_id"] == boot_id().encode()
-            and self._identity["lineage"] == lineage
-            and self._identity["layout"] == self._layout()
+            and identity["magic"] == _MAGIC
+            and identity["store_id"] == store_id.encode()
+            and identity["boot_id"] == boot_id().encode()
+            and identity["lineage"] == lineage
+            and identity["layout"] == self._layout()
             and record["sequence"] == self._published[0]
             and record["checksum"] == _checksum(record)
+            and (record["counts"] <= self.capacity).all()
+            and record["mark_count"] <= MAX_MARKS
+            and all(_is_hexadecimal(bytes(mark["session"])) for mark in record["marks"])
         )
 
     def _layout(self) -> int:
@@ -209,7 +231,7 @@ class Memtable:
         """Unmap; the file stays."""
         self.tables = []
         self._records = []
-        del self._identity, self._published
+        del self._identity, self._number, self._published
         self._mapping.close()
 
 
@@ -226,6 +248,10 @@ def stored_capacity(path: Path) -> int | None:
     if identity["magic"] != _MAGIC or not 0 < int(identity["capacity"]) < 2**31:
         return None
     return int(identity["capacity"])
+
+
+def _is_hexadecimal(session: bytes) -> bool:
+    return not session.strip(b"0123456789abcdef")
 
 
 def _checksum(record: Any) -> int:

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import socket
+import weakref
 from pathlib import Path
 
 from engram_store.engine.memory import memory_headroom_bytes, memory_limit_bytes
@@ -17,6 +18,7 @@ from engram_store.errors import (
     SharedMemoryFullError,
     StoreLockedError,
 )
+from engram_store.layout.disk import Disk
 from engram_store.layout.paths import StorePaths
 from engram_store.types import TableSpec
 
@@ -72,6 +74,7 @@ def make_memtables(
     specs: list[TableSpec],
     capacity: int,
     chosen: Path | None,
+    disk: Disk,
 ) -> list[Memtable]:
     """Two empty memtables in shared memory, or in the data directory if that is too small.
 
@@ -79,6 +82,7 @@ def make_memtables(
         paths, store_id, specs: of the store.
         capacity: slots of each.
         chosen: directory asked for; then there is no fallback.
+        disk: what changes files.
 
     Raises:
         SharedMemoryFullError: they do not fit into `chosen`.
@@ -107,7 +111,7 @@ def make_memtables(
     # The parent too: who may write there could swap a store's directory.
     for private in (directory.parent, directory):
         private.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return [Memtable(directory / f"memtable-{i}", specs, capacity) for i in range(2)]
+    return [Memtable(directory / f"memtable-{i}", specs, capacity, disk) for i in range(2)]
 
 
 def _check_room(directory: Path, needed: int) -> None:
@@ -128,7 +132,6 @@ class StoreLock:
 
     def __init__(self, paths: StorePaths) -> None:
         """Raises: StoreLockedError, naming the holder."""
-        # Python opens files close-on-exec; a forked child that keeps running would keep the lock.
         self._fd = os.open(paths.lock, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -138,9 +141,22 @@ class StoreLock:
             raise StoreLockedError(paths.root, holder or "another process") from None
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        _held_locks.add(self)
 
     def release(self) -> None:
         """Let others in."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+_held_locks: "weakref.WeakSet[StoreLock]" = weakref.WeakSet()
+
+
+def _let_go_after_fork() -> None:
+    """A forked child that lives on, a data loader's worker say, must not keep the lock."""
+    for lock in list(_held_locks):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_let_go_after_fork)

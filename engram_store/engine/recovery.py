@@ -1,22 +1,35 @@
 """Opening a store for training: take over what the last process left, then start clean.
 
-Three cases. Closed properly: nothing to do. Killed: the memtables in shared memory are intact and
-are sealed now; not one applied step is lost. Host lost, or its shared memory: the store goes back
+Four cases. Closed properly: nothing to do. Killed: the memtables in shared memory are intact and
+are sealed now; not one applied step is lost. Host lost, or its shared memory, with a journal: what
+the journal holds is sealed, so not one durable step is lost. Without a journal: the store goes back
 to its newest snapshot, which is where the trainer's checkpoint is too.
 """
 
 import contextlib
 import enum
 import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from engram_store.engine.catalog import Catalog
-from engram_store.engine.memtable import Memtable, memtable_bytes, stored_capacity
+from engram_store.engine.journal import remove_journals
+from engram_store.engine.memtable import (
+    Commit,
+    Memtable,
+    TableSlots,
+    memtable_bytes,
+    stored_capacity,
+)
 from engram_store.engine.placement import disk_directory, shared_directory
 from engram_store.engine.seal import write_segments
 from engram_store.errors import StoreFileError
+from engram_store.layout.disk import Disk
+from engram_store.layout.files import make_directory, remove_tree, sync_directory
+from engram_store.layout.journal import StepRecord, journal_number, read_records
 from engram_store.types import TableSpec
 
 _logger = logging.getLogger(__name__)
@@ -29,6 +42,8 @@ class RecoveryKind(enum.StrEnum):
     """Closed properly."""
     RECOVERED = "recovered"
     """Its process died; every applied step was recovered."""
+    REPLAYED = "replayed"
+    """Its shared memory is gone; every durable step was read from the journal."""
     ROLLED_BACK = "rolled back"
     """Its shared memory is gone; the tables are those of the newest snapshot."""
 
@@ -41,7 +56,7 @@ class RecoveryReport:
     step: int
     """Steps applied, as the store is now."""
     sealed_rows: int
-    """Rows taken over from shared memory."""
+    """Rows taken over from shared memory or from the journal."""
 
 
 def recover(catalog: Catalog, chosen: Path | None) -> RecoveryReport:
@@ -57,18 +72,23 @@ def recover(catalog: Catalog, chosen: Path | None) -> RecoveryReport:
     """
     paths, store_id = catalog.paths, catalog.metadata.store_id
     specs = list(catalog.metadata.tables.values())
+    _keep_names(catalog)
+    _make_directories(catalog, specs)
     directories = [shared_directory(paths, store_id, chosen), disk_directory(paths)]
     if catalog.manifest.memtables:
         directories.append(shared_directory(paths, store_id, Path(catalog.manifest.memtables)))
     rows, alive = 0, False
+    directories = list(dict.fromkeys(directories))
     for directory in directories:
         for memtable in _left_behind(catalog, specs, directory):
             alive = True
             rows += _seal_now(catalog, specs, memtable)
             memtable.close()
     kind = RecoveryKind.RECOVERED if alive else RecoveryKind.CLEAN
+    if not alive and not catalog.manifest.closed and catalog.manifest.journaled:
+        kind, rows = RecoveryKind.REPLAYED, _replay(catalog, specs)
     catalog.drop_newer_snapshots()
-    if alive:
+    if kind in (RecoveryKind.RECOVERED, RecoveryKind.REPLAYED):
         # Before the memtables go: until the store is open again nothing else tells a later
         # recovery that no step is missing.
         catalog.snapshot()
@@ -77,7 +97,7 @@ def recover(catalog: Catalog, chosen: Path | None) -> RecoveryReport:
     if not snapshots:
         raise StoreFileError(paths.snapshots, "holds no snapshot; a store always has one")
     newest = snapshots[-1]
-    if not alive and not catalog.manifest.closed:
+    if not catalog.manifest.closed:
         lost_from = catalog.manifest.step
         catalog.roll_back(catalog.find_snapshot(newest), catalog.manifest.sealed)
         kind = RecoveryKind.ROLLED_BACK
@@ -88,9 +108,29 @@ def recover(catalog: Catalog, chosen: Path | None) -> RecoveryReport:
             newest,
         )
     for directory in directories:
-        shutil.rmtree(directory, ignore_errors=True)
+        _remove_directory(directory, catalog.disk)
+    remove_journals(paths, catalog.disk)
     catalog.collect_garbage()
     return RecoveryReport(kind, catalog.manifest.step, rows)
+
+
+def _keep_names(catalog: Catalog) -> None:
+    """Make the manifests found durable, before anything that older ones name is removed.
+
+    A process that was killed may have renamed one and not have synced the name.
+    """
+    for directory in (catalog.paths.root, catalog.paths.snapshots):
+        if directory.is_dir():
+            sync_directory(directory, catalog.disk)
+
+
+def _make_directories(catalog: Catalog, specs: list[TableSpec]) -> None:
+    """Seals find the directories they write to, and know that a lost host has them too."""
+    for spec in specs:
+        segments = catalog.paths.segment(spec.layer, 0).parent
+        make_directory(segments, catalog.disk)
+        # It may be there because a process was killed, or failed, before this.
+        sync_directory(segments.parent, catalog.disk)
 
 
 def _left_behind(catalog: Catalog, specs: list[TableSpec], directory: Path) -> list[Memtable]:
@@ -104,7 +144,7 @@ def _left_behind(catalog: Catalog, specs: list[TableSpec], directory: Path) -> l
         capacity = stored_capacity(path)
         if capacity is None or path.stat().st_size != memtable_bytes(specs, capacity):
             continue
-        memtable = Memtable(path, specs, capacity)
+        memtable = Memtable(path, specs, capacity, catalog.disk)
         if memtable.trusted(manifest.store_id, manifest.lineage):
             found.append(memtable)
         else:
@@ -134,18 +174,57 @@ def _seal_now(catalog: Catalog, specs: list[TableSpec], memtable: Memtable) -> i
         memtable.tables,
         memtable.number,
         commit,
-        catalog.counter,
+        catalog.disk,
     )
     refs = {layer: ref for layer, (ref, _) in written.items()}
     catalog.append_segments(memtable.number, commit, refs)
     return sum(ref.slots for ref in refs.values())
 
 
-def remove_memtables(memtables: list[Memtable]) -> None:
-    """Everything in them is sealed: give the shared memory back."""
-    directory = memtables[0].path.parent
-    for memtable in memtables:
-        memtable.path.unlink(missing_ok=True)
-        memtable.close()
+def _replay(catalog: Catalog, specs: list[TableSpec]) -> int:
+    """Seal what the journals hold, memtable by memtable; returns the rows.
+
+    A journal continues the files or the journal before it; what does not was never durable, or is
+    of a lineage that a restore has ended.
+    """
+    paths, store_id, rows = catalog.paths, catalog.metadata.store_id, 0
+    for path in paths.journal_files():
+        manifest = catalog.manifest
+        number = journal_number(path, store_id, manifest.lineage, specs)
+        if number is None or number <= manifest.sealed or path != paths.journal_file(number):
+            continue
+        records: list[StepRecord] = []
+        for record in read_records(path, store_id, number, specs):
+            if record.step != manifest.step + len(records) + 1:
+                break
+            records.append(record)
+        if not records:
+            break
+        tables = [
+            TableSlots(*(np.concatenate(arrays) for arrays in _transposed(records, index)))
+            for index in range(len(specs))
+        ]
+        counts = tuple(slots.ids.size for slots in tables)
+        commit = Commit(records[-1].step, counts, records[-1].marks)
+        written = write_segments(paths, store_id, specs, tables, number, commit, catalog.disk)
+        refs = {layer: ref for layer, (ref, _) in written.items()}
+        catalog.append_segments(number, commit, refs)
+        rows += sum(ref.slots for ref in refs.values())
+    return rows
+
+
+def _transposed(records: list[StepRecord], table: int) -> tuple[Any, Any, Any]:
+    """Ids, rows and state of one table, each a list with an array for every record."""
+    ids, state, rows = zip(*(record.tables[table] for record in records), strict=True)
+    return ids, rows, state
+
+
+def remove_memtables(memtables: list[Memtable], disk: Disk) -> None:
+    """Everything in them is sealed, and they are closed: give the shared memory back."""
+    _remove_directory(memtables[0].path.parent, disk)
+
+
+def _remove_directory(directory: Path, disk: Disk) -> None:
+    """Nothing in it is needed; if it cannot be removed now, the next opening tries again."""
     with contextlib.suppress(OSError):
-        directory.rmdir()
+        remove_tree(directory, disk)

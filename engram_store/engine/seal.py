@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from engram_store.engine.memtable import Commit, TableSlots
 from engram_store.failpoints import failpoint
 from engram_store.kernels import rows as kernels
-from engram_store.layout.files import WriteCounter
+from engram_store.layout.disk import Disk
 from engram_store.layout.manifest import SegmentRef
 from engram_store.layout.paths import StorePaths
 from engram_store.layout.segments import IDS, ROWS, STATE, write_segment
@@ -40,7 +40,7 @@ def write_segments(
     tables: list[TableSlots],
     number: int,
     commit: Commit,
-    counter: WriteCounter,
+    disk: Disk,
 ) -> dict[int, tuple[SegmentRef, Live]]:
     """Write the segments of one frozen memtable; by layer, tables without slots left out.
 
@@ -58,7 +58,7 @@ def write_segments(
         }
         if spec.state_bytes:
             parts[STATE] = _pieces(slots.state, live)
-        ref = write_segment(paths, store_id, spec, number, live.size, parts, counter)
+        ref = write_segment(paths, store_id, spec, number, live.size, parts, disk)
         failpoint("seal.segment_written")
         written[spec.layer] = ref, live
     return written

@@ -3,6 +3,7 @@
 import ctypes
 import threading
 from collections.abc import Mapping as MappingType
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +29,21 @@ def resident_bytes(mapping: Mapping) -> int:
         ctypes.c_void_p(pages.ctypes.data),
     )
     return 0 if failed else int((pages & 1).sum()) * PAGE_BYTES
+
+
+@dataclass(slots=True)
+class MaintenanceCounters:
+    """Counters of folds, merges and scrubbing; of a store that is only read all stay zero."""
+
+    folds: int = 0
+    merges: int = 0
+    postponed: int = 0
+    commit_waits: int = 0
+    scrubbed_blocks: int = 0
+    scrub_passes: int = 0
+    scrubbed_at: float = 0.0
+    problems: list[str] = field(default_factory=list)
+    """What is damaged besides single blocks, which the tables know."""
 
 
 class TableCounters:
@@ -57,8 +73,9 @@ class TableCounters:
         """Counters and gauges of now."""
         with table.lock:
             mappings = table.mapped_files()
-            resident = sum(resident_bytes(mapping) for mapping in mappings)
-            mapped = sum(mapping.bytes.size for mapping in mappings)
+        # Not under the lock, for which commits wait: one that is closed meanwhile counts nothing.
+        resident = sum(resident_bytes(mapping) for mapping in mappings)
+        mapped = sum(mapping.bytes.size for mapping in mappings)
         return TableStats(
             lookups=self.lookups,
             unique_rows=self.unique_rows,
@@ -93,6 +110,8 @@ class StoreCounters:
         """A frozen copy, with the engine's own counters."""
         specs: MappingType[int, TableSpec] = engine.metadata.tables
         updated = {layer: counters.rows_updated for layer, counters in tables.items()}
+        kept = engine.maintenance
+        damages = [str(d) for table in engine.tables.values() for d in table.damages]
         return StoreStats(
             tables={layer: c.record(engine.tables[layer]) for layer, c in tables.items()},
             steps=self.steps,
@@ -100,7 +119,15 @@ class StoreCounters:
             late_windows=self.late_windows,
             wait_seconds=self.wait_seconds,
             seals=engine.seals,
-            folds=engine.folds,
+            folds=kept.folds,
+            merges=kept.merges,
+            folds_postponed=kept.postponed,
+            commit_waits=kept.commit_waits,
+            damaged_blocks=len(damages),
+            damages="\n".join([*damages, *kept.problems]),
+            scrubbed_blocks=kept.scrubbed_blocks,
+            scrub_passes=kept.scrub_passes,
+            scrubbed_at=kept.scrubbed_at,
             stall_seconds=engine.stall_seconds,
             bytes_written=engine.bytes_written,
             row_bytes_updated=sum(

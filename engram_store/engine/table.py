@@ -5,13 +5,14 @@ addresses, one per base chunk and one per block of overlay slots, turn that into
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_store.engine.damage import BlockDamage, refuse_damaged
 from engram_store.engine.memory import Mapping
 from engram_store.errors import StoreClosedError
 from engram_store.kernels import rows as kernels
@@ -69,6 +70,21 @@ class ArrayMemory:
 
 
 @dataclass(frozen=True, slots=True)
+class OpenedBase:
+    """A base generation whose chunk files are mapped, and not read from yet."""
+
+    generation: int
+    description: BaseDescription
+    files: list[dict[int, Mapping]]
+    """Of every array, by chunk."""
+
+    def close(self) -> None:
+        """It is not needed after all."""
+        for mapping in (mapping for files in self.files for mapping in files.values()):
+            mapping.close()
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
     """A mapped segment and the overlay slots it occupies."""
 
@@ -106,8 +122,9 @@ class SlotSpace:
 class Table:
     """Remap, addresses and segments of one table.
 
-    `lock` protects all of them. Whoever holds it may use addresses; a mapping is closed only by
-    someone who holds it, after the remap points elsewhere.
+    `lock` protects all of them. Whoever holds it may use addresses; a mapping is closed only
+    after somebody who held it has put other addresses in their place. Closing needs no lock then,
+    and takes none: unmapping gigabytes takes longer than a commit should wait.
     """
 
     def __init__(self, paths: StorePaths, store_id: str, spec: TableSpec, capacity: int) -> None:
@@ -124,6 +141,11 @@ class Table:
             for layout in table_arrays(spec)
         ]
         self.segments: list[Segment] = []
+        """Oldest first: the newest that has a row has its newest version."""
+        self.generation = 0
+        self.base = BaseDescription(checksums={})
+        self.damages: list[BlockDamage] = []
+        """Blocks in use that are known to be damaged; see `sealed.report`."""
         self._space = SlotSpace(2 * capacity)
         self._places = np.empty(0, np.int32)
         self._addresses = np.empty(0, np.int64)
@@ -135,22 +157,33 @@ class Table:
 
         The mappings it replaces are closed: the caller knows that no row is read from them.
         """
+        for mapping in self._use_base(self.open_base(generation, base)):
+            mapping.close()
+
+    def open_base(self, generation: int, base: BaseDescription) -> OpenedBase:
+        """Map the chunk files of a generation, for `fold_into_base`."""
         directory = self.paths.base(self.spec.layer, generation)
-        for array in self.arrays:
-            layout, old = array.layout, array.mappings
-            present = base.checksums[layout.name]
-            files = {c: Mapping.of_file(layout.chunk_file(directory, c)) for c in present}
+        files = []
+        for layout in (array.layout for array in self.arrays):
+            chunks = base.checksums[layout.name]
+            files.append({c: Mapping.of_file(layout.chunk_file(directory, c)) for c in chunks})
+        return OpenedBase(generation, base, files)
+
+    def _use_base(self, opened: OpenedBase) -> list[Mapping]:
+        """Point at mapped chunks; returns the mappings to close. Hold the lock, or be alone."""
+        old = [mapping for array in self.arrays for mapping in array.mappings]
+        for array, files in zip(self.arrays, opened.files, strict=True):
             array.mappings = list(files.values())
             zeros = None
-            if len(files) < layout.chunks:
-                zeros = Mapping.of_zeros(layout.chunk_bytes)
+            if len(files) < array.layout.chunks:
+                zeros = Mapping.of_zeros(array.layout.chunk_bytes)
                 array.mappings.append(zeros)
-            for chunk in range(layout.chunks):
+            for chunk in range(array.layout.chunks):
                 mapping = files.get(chunk, zeros)
                 assert mapping is not None
                 array.chunks[chunk] = mapping.address
-            for mapping in old:
-                mapping.close()
+        self.generation, self.base = opened.generation, opened.description
+        return old
 
     def map_memtable(self, index: int, addresses: tuple[int, int]) -> None:
         """Give the memtable with this index (0 or 1) its place in the overlay."""
@@ -165,11 +198,16 @@ class Table:
         return memtable_index * self.capacity
 
     def map_segment(self, ref: SegmentRef, files: SegmentFiles) -> Segment:
-        """Map a segment; its rows are not pointed at yet. Hold the lock, or be alone."""
-        first_slot = self._space.take(files.slots)
+        """Map the newest segment; its rows are not pointed at yet. Hold the lock, or be alone."""
+        segment = self._map_segment(ref, files)
+        self.segments.append(segment)
+        return segment
+
+    def _map_segment(self, ref: SegmentRef, files: SegmentFiles) -> Segment:
         mappings = tuple(
             Mapping.of_file(files.directory / name) for name in (ROWS, STATE)[: len(self.arrays)]
         )
+        first_slot = self._space.take(files.slots)
         first, count = first_slot >> BLOCK_SHIFT, -(-files.slots // BLOCK_SLOTS)
         steps = np.arange(count, dtype=np.int64)
         for array, mapping in zip(self.arrays, mappings, strict=True):
@@ -179,9 +217,7 @@ class Table:
                 array.blocks = grown
             size = array.layout.row_bytes << BLOCK_SHIFT
             array.blocks[first : first + count] = mapping.address + steps * size
-        segment = Segment(ref, files, first_slot, mappings)
-        self.segments.append(segment)
-        return segment
+        return Segment(ref, files, first_slot, mappings)
 
     def point_at_segment(self, segment: Segment) -> None:
         """Recovery: the rows of a segment are newer than everything mapped before it."""
@@ -190,21 +226,26 @@ class Table:
     def forget(self) -> None:
         """Unmap everything and forget where rows were. Hold the lock, or be alone."""
         self.remap[:] = 0
-        for segment in self.segments:
-            self._close_segment(segment)
-        self.segments = []
-
-    def _close_segment(self, segment: Segment) -> None:
-        self._space.give_back(segment.first_slot)
-        for mapping in segment.mappings:
+        for mapping in self._drop(self.segments):
             mapping.close()
+        self.damages = []
+
+    def _drop(self, segments: Sequence[Segment]) -> list[Mapping]:
+        """Do without segments that no row is read from; returns the mappings to close.
+
+        Hold the lock, or be alone.
+        """
+        numbers = {segment.ref.number for segment in segments}
+        self.segments = [s for s in self.segments if s.ref.number not in numbers]
+        self.damages = [d for d in self.damages if d.segment not in numbers]
+        for segment in segments:
+            self._space.give_back(segment.first_slot)
+        return [mapping for segment in segments for mapping in segment.mappings]
 
     # ------------------------------------------------------------------ reading rows
 
     def gather(self, rows: RowIds, out: list[NDArray[Any]]) -> tuple[int, int]:
         """Copy rows, and their state if `out` has a second array, in request order.
-
-        Raises: StoreClosedError.
 
         Args:
             rows: int32 [n], in range.
@@ -212,6 +253,10 @@ class Table:
 
         Returns:
             (rows found in memtables, rows found in segments).
+
+        Raises:
+            StoreClosedError.
+            ChecksumError: a row's block is known to be damaged; `out` is untouched.
         """
         with self.lock:
             if self.closed:
@@ -221,6 +266,9 @@ class Table:
                 self._addresses = np.empty(2 * rows.size, np.int64)
             places = self._places[: rows.size]
             counts = kernels.locate(rows, self.remap, 2 * self.capacity, places)
+            if self.damages:
+                first_slots = {s.ref.number: s.first_slot for s in self.segments}
+                refuse_damaged(self.damages, first_slots, rows, places)
             for array, target in zip(self.arrays, out, strict=False):
                 array.copy(rows, places, self._addresses[: rows.size], target)
         return int(counts[0]), int(counts[1])
@@ -255,23 +303,66 @@ class Table:
             with self.lock:
                 kernels.move_places(ids[batch], old[batch], new[batch], self.remap)
 
-    def fold_into_base(self, folded: list[Segment], generation: int, base: BaseDescription) -> None:
+    def fold_into_base(self, folded: Sequence[tuple[Segment, RowIds]], opened: OpenedBase) -> None:
         """Read a new base generation instead of the segments that went into it.
 
         Rows of those segments have the same bytes in the new base, so they may be read from
         either while the remap is patched.
+
+        Args:
+            folded: the segments, each with the rows of its slots.
+            opened: the new base.
         """
         with self.lock:
-            self.map_base(generation, base)
-        for segment in folded:
-            ids = segment.files.read_ids()
+            replaced = self._use_base(opened)
+        for mapping in replaced:
+            mapping.close()
+        for segment, ids in folded:
             for batch in _batches(ids.size):
                 with self.lock:
                     kernels.forget_slots(ids[batch], segment.first_slot + batch.start, self.remap)
+        self._let_go([segment for segment, _ in folded])
+
+    def open_segment(self, ref: SegmentRef, files: SegmentFiles) -> Segment:
+        """Map a segment that takes the place of others, for `replace_segments`."""
         with self.lock:
-            self.segments = [s for s in self.segments if s not in folded]
-            for segment in folded:
-                self._close_segment(segment)
+            return self._map_segment(ref, files)
+
+    def close_segment(self, segment: Segment) -> None:
+        """One that was only opened is not needed after all."""
+        self._let_go([segment])
+
+    def replace_segments(
+        self,
+        merged: Sequence[Segment],
+        new: Segment | None,
+        rows: RowIds,
+        old_places: NDArray[np.int32],
+    ) -> None:
+        """Read one new segment instead of some that follow each other.
+
+        Args:
+            merged: the old segments.
+            new: the new one, opened; None: no row was left.
+            rows: int32 [slots of the new segment] its rows.
+            old_places: int32 [same] where they are in the old segments.
+        """
+        if new is not None:
+            with self.lock:
+                at = self.segments.index(merged[0])
+                self.segments[at:at] = [new]
+            places = np.arange(rows.size, dtype=np.int32) + np.int32(new.first_slot + 1)
+            for batch in _batches(rows.size):
+                with self.lock:
+                    kernels.move_places(rows[batch], old_places[batch], places[batch], self.remap)
+        self._let_go(merged)
+
+    def _let_go(self, segments: Sequence[Segment]) -> None:
+        """Nothing is read from these segments any more."""
+        with self.lock:
+            mappings = self._drop(segments)
+        for mapping in mappings:
+            mapping.close()
 
     def mapped_files(self) -> list[Mapping]:
         """Every mapped file of the table, for residency gauges. Hold the lock."""

@@ -5,7 +5,6 @@ A chunk that was never written has no file and stands for zeros, but only where 
 description says so: a file that is missing against the description is an error, never zeros.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from engram_store.errors import (
-    ChecksumError,
-    ForeignFileError,
-    StoreFileError,
-    TruncatedTableError,
-)
+from engram_store.errors import ConfigError, ForeignFileError
 from engram_store.layout import checksums
-from engram_store.layout.documents import encode_document, read_document
-from engram_store.layout.files import WriteCounter, replace_file, write_file
+from engram_store.layout.disk import Disk
+from engram_store.layout.documents import encode_document, parse_json, read_document, whole
+from engram_store.layout.files import check_length, replace_file, write_file
 from engram_store.layout.paths import StorePaths
 from engram_store.types import TableSpec
 
 MAX_CHUNK_BYTES = 256 << 20
 MIN_CHUNK_ROWS = 1024
+MAX_DIM = 1 << 24
+"""Values of a row: far beyond any model, and `MIN_CHUNK_ROWS` of them can still be mapped."""
+_MAPPABLE_BYTES = 1 << 40
+"""Any version's chunks are smaller; ours are given by `MAX_CHUNK_BYTES`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,10 +60,25 @@ class ArrayLayout:
 
 
 def chunk_rows_of(spec: TableSpec) -> int:
-    """Rows per chunk of a new table, one grid for rows and state."""
+    """Rows per chunk of a new table, one grid for rows and state.
+
+    Raises:
+        ConfigError: a row is too wide.
+    """
+    if spec.dim > MAX_DIM:
+        raise ConfigError(f"a row has at most {MAX_DIM:,} values, got dim {spec.dim:,}")
     widest = max(spec.row_bytes, spec.state_bytes)
     limit = max(MIN_CHUNK_ROWS, 1 << ((MAX_CHUNK_BYTES // widest).bit_length() - 1))
-    return min(limit, max(MIN_CHUNK_ROWS, 1 << (spec.rows - 1).bit_length()))
+    return min(limit, chunk_rows_limit(spec))
+
+
+def chunk_rows_limit(spec: TableSpec) -> int:
+    """The most rows that a chunk of the table may have.
+
+    Less than twice the rows of the table, and few enough that a chunk can be mapped.
+    """
+    mappable = _MAPPABLE_BYTES // max(spec.row_bytes, spec.state_bytes)
+    return max(MIN_CHUNK_ROWS, min(1 << (spec.rows - 1).bit_length(), mappable))
 
 
 def table_arrays(spec: TableSpec) -> tuple[ArrayLayout, ...]:
@@ -110,22 +124,22 @@ def write_base_description(
     spec: TableSpec,
     generation: int,
     base: BaseDescription,
-    counter: WriteCounter,
+    disk: Disk,
 ) -> str:
     """Write `checksums` and `base.json` of a generation; returns the description's digest."""
     directory = paths.base(spec.layer, generation)
     blocks = [sums for array in base.checksums.values() for sums in array.values()]
     all_sums = np.concatenate([*blocks, np.empty(0, "<u8")])
-    write_file(directory / "checksums", [all_sums], counter)
+    write_file(directory / "checksums", [all_sums], disk)
     content = {
         "layer": spec.layer,
         "generation": generation,
         "block_bytes": checksums.BLOCK_BYTES,
-        "checksums": checksums.identity(all_sums.tobytes()),
+        "checksums": checksums.content_checksum(all_sums.tobytes()),
         "chunks": {name: sorted(array) for name, array in base.checksums.items()},
     }
     data, digest = encode_document("base generation", content)
-    replace_file(directory / "base.json", data, counter)
+    replace_file(directory / "base.json", data, disk)
     return digest
 
 
@@ -139,37 +153,37 @@ def read_base_description(
     """
     directory = paths.base(spec.layer, generation)
     body, actual = read_document(directory / "base.json", "base generation")
-    if actual != digest or body["generation"] != generation or body["layer"] != spec.layer:
+    if actual != digest or body.get("generation") != generation or body.get("layer") != spec.layer:
         raise ForeignFileError(directory / "base.json", "is not the one its manifest names")
+    arrays = table_arrays(spec)
     try:
-        all_sums = np.fromfile(directory / "checksums", "<u8")
-    except FileNotFoundError:
-        raise StoreFileError(directory / "checksums", "is missing") from None
-    if checksums.identity(all_sums.tobytes()) != body["checksums"]:
-        raise ChecksumError(directory / "checksums", "the list of checksums is itself damaged")
+        chunks = {array.name: _chunk_list(body["chunks"], array) for array in arrays}
+        expected = whole(body["checksums"], "checksums", below=1 << 64)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ForeignFileError(
+            directory / "base.json", f"does not describe this table: {error!r}"
+        ) from error
+    blocks = {array.name: -(-array.chunk_bytes // checksums.BLOCK_BYTES) for array in arrays}
+    count = sum(blocks[name] * len(numbers) for name, numbers in chunks.items())
+    all_sums = checksums.read_checksums(directory / "checksums", count, expected)
     found: dict[str, dict[int, checksums.Checksums]] = {}
     start = 0
-    for array in table_arrays(spec):
+    for array in arrays:
         check_array_metadata(directory, array)
-        per_chunk = -(-array.chunk_bytes // checksums.BLOCK_BYTES)
         found[array.name] = {}
-        for chunk in body["chunks"].get(array.name, ()):
+        for chunk in chunks[array.name]:
             check_length(array.chunk_file(directory, chunk), array.chunk_bytes)
-            found[array.name][chunk] = all_sums[start : start + per_chunk]
-            start += per_chunk
+            found[array.name][chunk] = all_sums[start : start + blocks[array.name]]
+            start += blocks[array.name]
     return BaseDescription(checksums=found)
 
 
-def check_length(path: Path, expected: int) -> None:
-    """A shorter file would kill the process (SIGBUS) or read as zeros once it is mapped."""
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        raise StoreFileError(
-            path, f"is missing; its manifest says it has {expected} bytes"
-        ) from None
-    if size != expected:
-        raise TruncatedTableError(path, size, expected)
+def _chunk_list(described: Mapping[str, Any], array: ArrayLayout) -> list[int]:
+    """Chunks of an array that have files. Raises: ValueError, TypeError, AttributeError."""
+    numbers = [whole(n, "chunk", below=array.chunks) for n in described.get(array.name, ())]
+    if numbers != sorted(set(numbers)):
+        raise ValueError(f"the chunks of {array.name} are not in order")
+    return numbers
 
 
 def check_array_metadata(generation: Path, array: ArrayLayout) -> None:
@@ -180,8 +194,12 @@ def check_array_metadata(generation: Path, array: ArrayLayout) -> None:
     """
     path = generation / array.name / "zarr.json"
     try:
-        metadata = json.loads(path.read_bytes())
-        codecs = [codec["name"] for codec in metadata["codecs"]]
+        metadata = parse_json(path.read_bytes())
+        # Ours have two bytes at least, so that the order of bytes is always written down.
+        codecs = [
+            (codec["name"], codec.get("configuration", {}).get("endian"))
+            for codec in metadata["codecs"]
+        ]
         actual = {
             "shape": metadata["shape"],
             "data_type": metadata["data_type"],
@@ -190,13 +208,15 @@ def check_array_metadata(generation: Path, array: ArrayLayout) -> None:
             "fill_value": metadata["fill_value"],
             "chunk keys": metadata["chunk_key_encoding"]["name"],
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ForeignFileError(path, f"is not the metadata of a Zarr v3 array: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ForeignFileError(
+            path, f"is not the metadata of a Zarr v3 array of raw rows: {error!r}"
+        ) from error
     expected = {
         "shape": [array.rows, array.width],
         "data_type": array.dtype.name,
         "chunk_shape": [array.chunk_rows, array.width],
-        "codecs": ["bytes"],
+        "codecs": [("bytes", "little")],
         "fill_value": 0,
         "chunk keys": "default",
     }

@@ -4,11 +4,15 @@ A block's seed is its position in its own file and the file's identity, so that 
 the wrong place is found as well as a flipped bit. Hash: XXH3, 64 bits.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+
+from engram_store.errors import ChecksumError
+from engram_store.layout.files import check_length
 
 BLOCK_BYTES = 1 << 16
 Checksums = NDArray[np.uint64]
@@ -18,6 +22,11 @@ Checksums = NDArray[np.uint64]
 def identity(*parts: object) -> int:
     """64-bit seed that says which file a block belongs to."""
     return xxhash.xxh3_64_intdigest("/".join(str(part) for part in parts).encode())
+
+
+def content_checksum(data: bytes) -> int:
+    """XXH3-64 of a whole small file: the list of checksums itself."""
+    return xxhash.xxh3_64_intdigest(data)
 
 
 def block_checksums(data: NDArray[Any], file_identity: int, first_block: int = 0) -> Checksums:
@@ -45,3 +54,16 @@ def first_damaged_block(data: NDArray[Any], file_identity: int, expected: Checks
         return min(actual.size, expected.size)
     different = np.flatnonzero(actual != expected)
     return int(different[0]) if different.size else None
+
+
+def read_checksums(path: Path, count: int, expected: int) -> Checksums:
+    """A list of `count` checksums from its file, whose own `identity` is `expected`.
+
+    Raises:
+        StoreFileError: it is missing, has another length, or is damaged.
+    """
+    check_length(path, 8 * count)
+    sums = np.fromfile(path, "<u8")
+    if content_checksum(sums.tobytes()) != expected:
+        raise ChecksumError(path, "the list of checksums is itself damaged")
+    return sums

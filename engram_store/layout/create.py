@@ -21,14 +21,15 @@ from engram_store.layout.arrays import (
     table_arrays,
     write_base_description,
 )
-from engram_store.layout.files import (
-    WriteCounter,
-    disk_errors,
-    make_directory,
-    sync_directory,
-    write_file,
+from engram_store.layout.disk import Disk
+from engram_store.layout.files import disk_errors, make_directory, write_file
+from engram_store.layout.manifest import (
+    Manifest,
+    TableFiles,
+    now_text,
+    write_current,
+    write_snapshot,
 )
-from engram_store.layout.manifest import Manifest, TableFiles, write_current, write_snapshot
 from engram_store.layout.metadata import StoreMetadata
 from engram_store.layout.paths import StorePaths
 from engram_store.recipes import Recipe
@@ -115,12 +116,13 @@ def create_store(
         store_id=uuid.uuid4().hex, recipe=recipe, tables={spec.layer: spec for spec in tables}
     )
     building = path.with_name(f".{path.name}.creating-{os.getpid()}")
-    make_directory(path.parent.absolute())
+    disk = Disk()
+    make_directory(path.parent.absolute(), disk)
     try:
         with disk_errors(path):
-            _write_store(StorePaths(building), metadata, initial, progress)
-            building.rename(path)
-            sync_directory(path.parent.absolute())
+            _write_store(StorePaths(building), metadata, initial, progress, disk)
+            disk.rename(building, path)
+            disk.sync_directory(path.parent.absolute())
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
@@ -138,15 +140,18 @@ def _check_tables(recipe: Recipe, tables: Sequence[TableSpec]) -> None:
 
 
 def _write_store(
-    paths: StorePaths, metadata: StoreMetadata, initial: Normal | None, progress: Progress | None
+    paths: StorePaths,
+    metadata: StoreMetadata,
+    initial: Normal | None,
+    progress: Progress | None,
+    disk: Disk,
 ) -> None:
-    _write_zarr_metadata(paths, metadata)
-    counter = WriteCounter()
+    _write_zarr_metadata(paths, metadata, disk)
     total = sum(spec.rows * spec.row_bytes for spec in metadata.tables.values())
 
     def report() -> None:
         if progress is not None:
-            progress(min(counter.written_bytes, total), total)
+            progress(min(disk.written_bytes, total), total)
 
     files = []
     for spec in metadata.tables.values():
@@ -158,21 +163,26 @@ def _write_store(
             for chunk in range(array.chunks):
                 data = _initial_chunk(array, chunk, initial, spec)
                 file = array.chunk_file(paths.base(spec.layer, 1), chunk)
-                make_directory(file.parent)
-                write_file(file, [data], counter)
-                sync_directory(file.parent)
+                make_directory(file.parent, disk)
+                write_file(file, [data], disk)
+                disk.sync_directory(file.parent)
                 identity = chunk_identity(metadata.store_id, spec.layer, array.name, chunk)
                 sums[array.name][chunk] = checksums.block_checksums(data, identity)
                 report()
         base = BaseDescription(checksums=sums)
-        digest = write_base_description(paths, spec, 1, base, counter)
+        digest = write_base_description(paths, spec, 1, base, disk)
         files.append(TableFiles(layer=spec.layer, generation=1, base_digest=digest))
-    make_directory(paths.snapshots)
+    make_directory(paths.snapshots, disk)
     manifest = Manifest(
-        store_id=metadata.store_id, lineage=1, step=0, sealed=0, tables=tuple(files)
+        store_id=metadata.store_id,
+        step=0,
+        made=now_text(),
+        lineage=1,
+        sealed=0,
+        tables=tuple(files),
     )
-    write_snapshot(paths, manifest, counter)
-    write_current(paths, manifest, counter)
+    write_snapshot(paths, manifest, disk)
+    write_current(paths, manifest, disk)
 
 
 def _initial_chunk(
@@ -193,7 +203,7 @@ def _normal_block(initial: Normal, spec: TableSpec, first: int, count: int) -> R
     return initial.rows(spec.layer, aligned, first - aligned + count, spec)[first - aligned :]
 
 
-def _write_zarr_metadata(paths: StorePaths, metadata: StoreMetadata) -> None:
+def _write_zarr_metadata(paths: StorePaths, metadata: StoreMetadata, disk: Disk) -> None:
     """The group, the token map and the (still empty) arrays of the first generation."""
     # Imported here: zarr takes most of a second to import and only creation needs it.
     import zarr
@@ -203,7 +213,13 @@ def _write_zarr_metadata(paths: StorePaths, metadata: StoreMetadata) -> None:
     raw: dict[str, Any] = {"compressors": None, "filters": None}
     if token_map is not None:
         array = root.create_array(
-            "token_map", shape=token_map.shape, chunks=token_map.shape, dtype="<i4", **raw
+            "token_map",
+            shape=token_map.shape,
+            chunks=token_map.shape,
+            dtype="<i4",
+            # Zarr leaves out chunks of zeros, and a file that is missing is an error here.
+            config={"write_empty_chunks": True},
+            **raw,
         )
         array[:] = token_map
     for spec in metadata.tables.values():
@@ -216,23 +232,24 @@ def _write_zarr_metadata(paths: StorePaths, metadata: StoreMetadata) -> None:
                 dtype=layout.dtype,
                 fill_value=0,
                 dimension_names=("row", "value"),
-                attributes=_array_attributes(spec, layout),
+                attributes=array_attributes(spec, layout),
                 **raw,
             )
-    _sync_tree(paths.root)
+    _sync_tree(paths.root, disk)
 
 
-def _array_attributes(spec: TableSpec, layout: ArrayLayout) -> dict[str, Any]:
+def array_attributes(spec: TableSpec, layout: ArrayLayout) -> dict[str, Any]:
+    """Attributes of a base array's Zarr metadata: what its numbers are."""
     if layout.name == "rows" and spec.dtype is RowDtype.BFLOAT16:
         return {"dtype": "bfloat16", "note": "uint16 holds the bits of bfloat16 values"}
     return {"dtype": layout.dtype.name}
 
 
-def _sync_tree(root: Path) -> None:
+def _sync_tree(root: Path, disk: Disk) -> None:
     """Make everything below a directory durable."""
     for directory, _, names in os.walk(root):
         for name in names:
             fd = os.open(Path(directory) / name, os.O_RDONLY)
-            os.fsync(fd)
-            os.close(fd)
-        sync_directory(Path(directory))
+            disk.sync(fd)
+            disk.close(fd)
+        disk.sync_directory(Path(directory))

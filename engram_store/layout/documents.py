@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,28 @@ _MAX_BYTES = 64 << 20
 def canonical(data: Any) -> bytes:
     """JSON bytes that depend on the content alone: sorted keys, no spaces."""
     return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def parse_json(data: bytes | str) -> Any:
+    """A JSON text's value. Raises: ValueError, also for one nested too deeply to be ours."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def whole(value: Any, what: str, at_least: int = 0, below: int = 1 << 63) -> int:
+    """A whole number of a JSON text. Raises: ValueError for others, and for true and 1.0."""
+    if type(value) is not int or not at_least <= value < below:
+        raise ValueError(f"{what} is {value!r:.100}, not a whole number from {at_least}")
+    return value
+
+
+def text(value: Any, what: str) -> str:
+    """A string of a JSON text that can be a path. Raises: ValueError for others."""
+    if not isinstance(value, str) or b"\0" in os.fsencode(value):
+        raise ValueError(f"{what} is {value!r:.100}, not a text")
+    return value
 
 
 def digest_of(data: Any) -> str:
@@ -44,8 +67,8 @@ def read_document(path: Path, kind: str) -> tuple[dict[str, Any], str]:
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ForeignFileError(path, f"is larger than any {kind}")
-        body = json.loads(path.read_bytes())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        body = parse_json(path.read_bytes())
+    except ValueError as error:
         raise ForeignFileError(
             path, f"is not JSON ({error}); it was cut off or is foreign"
         ) from None
@@ -63,8 +86,8 @@ def read_document(path: Path, kind: str) -> tuple[dict[str, Any], str]:
     digest = body.pop("digest", None)
     try:
         actual = digest_of(body)
-    except ValueError:  # NaN, or a number too large: JSON as Python reads it, none that we write
+    except (ValueError, RecursionError):  # NaN, say: JSON as Python reads it, none that we write
         actual = None
-    if digest != actual:
+    if actual is None or digest != actual:
         raise ChecksumError(path, f"the content does not match its digest; the {kind} is damaged")
     return body, str(digest)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from engram_store.layout.files import allocated_bytes
-from engram_store.layout.manifest import read_manifest
+from engram_store.layout.manifest import check_layers, read_manifest
 from engram_store.layout.metadata import StoreMetadata, read_metadata
 from engram_store.layout.paths import StorePaths
 
@@ -43,6 +43,7 @@ def describe(paths: StorePaths) -> StoreDescription:
     """
     metadata = read_metadata(paths)
     manifest, _ = read_manifest(paths)
+    check_layers(paths.current, manifest, metadata.tables)
     tables = {}
     for layer in metadata.tables:
         files = manifest.table(layer)

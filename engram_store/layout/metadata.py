@@ -3,7 +3,6 @@
 Everything that decides which row an n-gram reads is stored here and never derived again.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +16,9 @@ from engram_store.errors import (
     StoreNotFoundError,
     UnknownVersionError,
 )
-from engram_store.layout.arrays import check_length
-from engram_store.layout.documents import FORMAT_VERSION, digest_of
+from engram_store.layout.arrays import MAX_DIM, MIN_CHUNK_ROWS, chunk_rows_limit
+from engram_store.layout.documents import FORMAT_VERSION, digest_of, parse_json, text, whole
+from engram_store.layout.files import check_length
 from engram_store.layout.paths import StorePaths
 from engram_store.recipes import Recipe
 from engram_store.types import TableSpec
@@ -84,7 +84,7 @@ def read_metadata(paths: StorePaths) -> StoreMetadata:
         UnknownVersionError: written by a newer version.
     """
     try:
-        group = json.loads(paths.group.read_bytes())
+        group = parse_json(paths.group.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise StoreNotFoundError(
             paths.root, "no store here; make one with `engram-store create` or engram_store.create"
@@ -103,21 +103,63 @@ def read_metadata(paths: StorePaths) -> StoreMetadata:
         )
     try:
         recipe = Recipe.from_json(attributes["recipe"], token_map=_read_token_map(paths))
-        specs = [TableSpec.from_json(table) for table in attributes["tables"]]
         metadata = StoreMetadata(
-            store_id=attributes["store_id"],
+            store_id=text(attributes["store_id"], "store_id"),
             recipe=recipe,
-            tables={spec.layer: spec for spec in specs},
+            tables=decode_tables(attributes["tables"], recipe),
         )
-    except (ConfigError, KeyError, TypeError) as error:
+        expected = metadata.attributes()[_KEY]
+    except (KeyError, TypeError, ValueError) as error:
         raise ForeignFileError(paths.group, f"its attributes are damaged: {error}") from error
-    if metadata.attributes()[_KEY] != attributes:
+    if expected != attributes:
         raise ForeignFileError(
             paths.group,
             "recipe, token map or tables do not match the stored fingerprint and digest; a file "
             "was changed or replaced since the store was created",
         )
     return metadata
+
+
+def decode_tables(described: Any, recipe: Recipe) -> dict[int, TableSpec]:
+    """Tables by layer, from the JSON values of their descriptions.
+
+    Args:
+        described: a list of what `TableSpec.to_json` makes.
+        recipe: whose tables they are.
+
+    Raises:
+        ConfigError: not table descriptions, or not of this recipe's layers; sizes are checked
+            before anything is allocated for them.
+    """
+    if not isinstance(described, list):
+        raise ConfigError(f"tables are described by a list, got {described!r:.100}")
+    specs = [_table_spec(table) for table in described]
+    rows = {layer.layer: layer.stored_rows for layer in recipe.layers}
+    if sorted((spec.layer, spec.rows) for spec in specs) != sorted(rows.items()):
+        raise ConfigError(
+            f"the recipe has tables {rows} (layer: rows), described are "
+            f"{[(spec.layer, spec.rows) for spec in specs]}"
+        )
+    return {spec.layer: spec for spec in specs}
+
+
+def _table_spec(described: Any) -> TableSpec:
+    """Raises: ConfigError."""
+    spec = TableSpec.from_json(described)
+    try:
+        whole(spec.layer, "layer")
+        whole(spec.rows, "rows", 1)
+        whole(spec.dim, "dim", 1, MAX_DIM + 1)
+        if spec.chunk_rows is not None:
+            whole(spec.chunk_rows, "chunk_rows", MIN_CHUNK_ROWS, chunk_rows_limit(spec) + 1)
+    except ValueError as error:
+        raise ConfigError(f"not a table description: {error}") from error
+    if type(spec.seed) is not int or not isinstance(spec.stochastic_rounding, bool):
+        raise ConfigError(
+            "seed is a whole number and stochastic_rounding true or false, not "
+            f"{spec.seed!r:.100} and {spec.stochastic_rounding!r:.100}"
+        )
+    return spec
 
 
 def _read_token_map(paths: StorePaths) -> np.ndarray[Any, np.dtype[np.int32]] | None:
@@ -127,7 +169,7 @@ def _read_token_map(paths: StorePaths) -> np.ndarray[Any, np.dtype[np.int32]] | 
         return None
     chunk = paths.token_map / "c" / "0"
     try:
-        size = int(json.loads(metadata.read_bytes())["shape"][0])
+        size = whole(parse_json(metadata.read_bytes())["shape"][0], "shape", below=1 << 31)
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ForeignFileError(metadata, f"is not the metadata of a Zarr array: {error}") from error
     check_length(chunk, 4 * size)

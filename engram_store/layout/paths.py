@@ -4,7 +4,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-_SNAPSHOT = re.compile(r"\d{9,}\.json")
+_JOURNAL = re.compile(r"[0-9]{6,}")
+_SNAPSHOT = re.compile(r"[0-9]{9,}\.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +47,28 @@ class StorePaths:
         """Steps that have a snapshot, ascending."""
         if not self.snapshots.is_dir():
             return []
-        return sorted(
-            int(path.stem) for path in self.snapshots.iterdir() if _SNAPSHOT.fullmatch(path.name)
-        )
+        names = (path.name for path in self.snapshots.iterdir())
+        named = {n: int(n.removesuffix(".json")) for n in names if _SNAPSHOT.fullmatch(n)}
+        # With more zeros than we write it is somebody else's file.
+        return sorted(step for name, step in named.items() if self.snapshot(step).name == name)
+
+    @property
+    def journal(self) -> Path:
+        """Directory of the journals of memtables that are not sealed yet."""
+        return self.root / "journal"
+
+    def journal_file(self, number: int) -> Path:
+        """The journal of one memtable."""
+        return self.journal / f"{number:06d}"
+
+    def journal_files(self, up_to: int | None = None) -> list[Path]:
+        """The journals that are there, by number; those of memtables up to a number."""
+        if not self.journal.is_dir():
+            return []
+        names = sorted(n for n in (p.name for p in self.journal.iterdir()) if _JOURNAL.fullmatch(n))
+        numbers = sorted({int(name) for name in names})
+        files = [self.journal_file(n) for n in numbers if up_to is None or n <= up_to]
+        return [path for path in files if path.name in names]
 
     def layer(self, layer: int) -> Path:
         """Everything of one table."""

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_store.errors import ChecksumError, ForeignFileError, StoreFileError
+from engram_store.errors import ChecksumError, ForeignFileError
 from engram_store.layout import checksums
-from engram_store.layout.arrays import check_length
-from engram_store.layout.documents import encode_document, read_document
+from engram_store.layout.disk import Disk
+from engram_store.layout.documents import encode_document, read_document, whole
 from engram_store.layout.files import (
-    WriteCounter,
+    check_length,
     make_directory,
+    remove_tree,
     replace_file,
     sync_directory,
     write_file,
@@ -53,7 +54,7 @@ def write_segment(
     number: int,
     slots: int,
     parts: dict[str, Iterable[NDArray[Any]]],
-    counter: WriteCounter,
+    disk: Disk,
 ) -> SegmentRef:
     """Write one segment durably. It becomes real when a manifest names it.
 
@@ -62,30 +63,31 @@ def write_segment(
         number: the memtable's number.
         slots: rows in the segment, at least 1.
         parts: content by file name (`SegmentFiles.lengths`) in pieces of whole checksum blocks.
-        counter: counts the bytes.
+        disk: where it is written.
 
     Raises:
         DiskFullError: nothing names the partial segment; the next attempt overwrites it.
     """
     directory = paths.segment(spec.layer, number)
-    make_directory(directory)
+    remove_tree(directory, disk)  # of an attempt that failed: what it synced is unknown
+    make_directory(directory, disk)
     sums: list[checksums.Checksums] = []
     for name, pieces in parts.items():
         identity = checksums.identity(store_id, "segment", spec.layer, number, name)
-        write_file(directory / name, _summed(pieces, identity, sums), counter)
+        write_file(directory / name, _summed(pieces, identity, sums), disk)
     all_sums = np.concatenate(sums)
-    write_file(directory / "checksums", [all_sums], counter)
+    write_file(directory / "checksums", [all_sums], disk)
     content = {
         "store_id": store_id,
         "layer": spec.layer,
         "number": number,
         "slots": slots,
         "block_bytes": checksums.BLOCK_BYTES,
-        "checksums": checksums.identity(all_sums.tobytes()),
+        "checksums": checksums.content_checksum(all_sums.tobytes()),
     }
     data, digest = encode_document("segment", content)
-    replace_file(directory / "segment.json", data, counter)
-    sync_directory(directory.parent)
+    replace_file(directory / "segment.json", data, disk)
+    sync_directory(directory.parent, disk)
     return SegmentRef(number=number, slots=slots, digest=digest)
 
 
@@ -111,12 +113,17 @@ def open_segment(
     directory = paths.segment(spec.layer, ref.number)
     path = directory / "segment.json"
     body, digest = read_document(path, "segment")
-    if digest != ref.digest or body["store_id"] != store_id or body["slots"] != ref.slots:
+    named = {"store_id": store_id, "layer": spec.layer, "number": ref.number, "slots": ref.slots}
+    if digest != ref.digest or named != {key: body.get(key) for key in named}:
         raise ForeignFileError(path, "is not the one its manifest names")
+    try:
+        expected = whole(body.get("checksums"), "checksums", below=1 << 64)
+    except ValueError as error:
+        raise ForeignFileError(path, f"does not describe a segment: {error}") from error
     files = SegmentFiles(directory=directory, slots=ref.slots, spec=spec)
     for name, length in files.lengths().items():
         check_length(directory / name, length)
-    sums = read_segment_checksums(files, body["checksums"])
+    sums = read_segment_checksums(files, expected)
     ids = files.read_ids()
     # Read whole anyway, and a wrong id would send a row's bytes to another row.
     identity = checksums.identity(store_id, "segment", spec.layer, ref.number, IDS)
@@ -136,19 +143,14 @@ def read_segment_checksums(files: SegmentFiles, expected: int) -> dict[str, chec
     """Block checksums of each file of a segment.
 
     Raises:
-        ChecksumError: the list itself is damaged.
+        StoreFileError: the list itself is missing or damaged.
     """
+    blocks = {name: -(-size // checksums.BLOCK_BYTES) for name, size in files.lengths().items()}
     path = files.directory / "checksums"
-    try:
-        all_sums = np.fromfile(path, "<u8")
-    except FileNotFoundError:
-        raise StoreFileError(path, "is missing") from None
-    if checksums.identity(all_sums.tobytes()) != expected:
-        raise ChecksumError(path, "the list of checksums is itself damaged")
+    all_sums = checksums.read_checksums(path, sum(blocks.values()), expected)
     sums = {}
     start = 0
-    for name, length in files.lengths().items():
-        blocks = -(-length // checksums.BLOCK_BYTES)
-        sums[name] = all_sums[start : start + blocks]
-        start += blocks
+    for name, count in blocks.items():
+        sums[name] = all_sums[start : start + count]
+        start += count
     return sums

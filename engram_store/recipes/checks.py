@@ -1,5 +1,6 @@
 """Checks of what a recipe is made of, and of what is handed to it."""
 
+from collections.abc import Iterable
 from typing import Final
 
 import numpy as np
@@ -11,6 +12,8 @@ from engram_store.types import RowIds, TokenIds
 
 ID_LIMIT: Final = 2**31
 """Compressed ids and row ids are int32."""
+MAX_ORDER: Final = 1024
+"""Tokens of the longest n-gram; every one has a multiplier, which is made before all else."""
 
 
 def checked_token_map(token_map: ArrayLike) -> NDArray[np.int32]:
@@ -27,6 +30,16 @@ def checked_token_map(token_map: ArrayLike) -> NDArray[np.int32]:
     return ids
 
 
+def whole_numbers(what: str, values: Iterable[object]) -> tuple[int, ...]:
+    """Numbers of a recipe's JSON. Raises: RecipeError: one is true, 1.0 or no number at all."""
+    numbers = []
+    for value in values:
+        if type(value) is not int:
+            raise RecipeError(f"{what} must be whole numbers, got {value!r:.100}")
+        numbers.append(value)
+    return tuple(numbers)
+
+
 def compressed_id(raw: int, token_map: NDArray[np.int32]) -> int:
     """The compressed id of one raw id. Raises: RecipeError."""
     if not 0 <= raw < len(token_map):
@@ -38,6 +51,8 @@ def check_orders(orders: tuple[int, ...], *, gaps_ok: bool) -> None:
     """Refuse lengths of n-grams that no family has. Raises: RecipeError."""
     if not orders or orders[0] < 1 or list(orders) != sorted(set(orders)):
         raise RecipeError(f"orders must be positive and increasing, got {orders}")
+    if orders[-1] > MAX_ORDER:
+        raise RecipeError(f"n-grams have at most {MAX_ORDER} tokens, got orders {orders}")
     if not gaps_ok and orders != tuple(range(2, len(orders) + 2)):
         raise RecipeError(f"orders must be 2, 3, ... without gaps in this family, got {orders}")
 

@@ -115,5 +115,8 @@ def _load(path: str) -> "Tokenizer":
 
     try:
         return Tokenizer.from_file(path)
-    except Exception as error:  # the bindings raise Exception itself
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # The bindings raise Exception itself, and for some files a panic, which is no Exception.
+    except BaseException as error:
         raise RecipeError(f"{path} cannot be read as a tokenizer.json: {error}") from error

@@ -6,7 +6,7 @@ from numpy.typing import ArrayLike
 
 from engram_store.recipes.checks import checked_token_map, compressed_id
 from engram_store.recipes.families import Family
-from engram_store.recipes.multipliers import pcg64_multipliers
+from engram_store.recipes.multipliers import check_order, pcg64_multipliers
 from engram_store.recipes.primes import distinct_moduli
 from engram_store.recipes.recipe import LayerHash, Recipe
 
@@ -40,6 +40,7 @@ def deepseek_v41(
     Raises:
         RecipeError: an argument makes no sense.
     """
+    check_order(max_order)
     ids = checked_token_map(token_map)
     vocabulary = int(ids.max()) + 1
     orders = tuple(range(2, max_order + 1))

@@ -7,6 +7,7 @@ not promise the same random stream in every release.
 import numpy as np
 
 from engram_store.errors import RecipeError
+from engram_store.recipes.checks import MAX_ORDER
 
 _LAYER_STRIDE = 10007
 """Distance between the seeds of two layers, in every family."""
@@ -17,6 +18,12 @@ _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 def _half_range(vocabulary: int) -> int:
     """Half of the largest multiplier with which no id below `vocabulary` overflows int64."""
     return max(1, (2**63 - 1) // vocabulary // 2)
+
+
+def check_order(order: int) -> None:
+    """Refuse an n-gram so long that its numbers alone take memory. Raises: RecipeError."""
+    if order > MAX_ORDER:
+        raise RecipeError(f"n-grams have at most {MAX_ORDER} tokens, got an order of {order:,}")
 
 
 def pcg64_multipliers(*, vocabulary: int, order: int, seed: int, layer: int) -> tuple[int, ...]:
@@ -31,8 +38,9 @@ def pcg64_multipliers(*, vocabulary: int, order: int, seed: int, layer: int) -> 
         layer: number of the layer as its config counts it.
 
     Raises:
-        RecipeError: layer and seed give a negative seed.
+        RecipeError: layer and seed give a negative seed, or the order is above `MAX_ORDER`.
     """
+    check_order(order)
     if seed + _LAYER_STRIDE * layer < 0:
         raise RecipeError(f"layers and seeds are not negative, got layer {layer}, seed {seed}")
     generator = np.random.default_rng(seed + _LAYER_STRIDE * layer)
@@ -46,7 +54,11 @@ def splitmix64_multipliers(
     """The same from another generator, seeded by the layer's position among its kind.
 
     Source: `qwen4_exp` in transformers 5.23.0.
+
+    Raises:
+        RecipeError: the order is above `MAX_ORDER`.
     """
+    check_order(order)
     start = seed + _LAYER_STRIDE * position
     half = _half_range(vocabulary)
     draws = (_splitmix64(start + _GOLDEN_GAMMA * (k + 1)) for k in range(order))

@@ -54,7 +54,7 @@ def distinct_moduli(
         [layers][orders][heads].
 
     Raises:
-        RecipeError: a base is below 2 or too large for 31-bit row ids.
+        RecipeError: a base is below 2, or a layer has too many rows for 31-bit row ids.
     """
     for base in bases:
         if not 2 <= base < 2**31:
@@ -72,6 +72,21 @@ def distinct_moduli(
         taken.add(candidate)
         return candidate
 
-    return tuple(
-        tuple(tuple(next_free(base) for _ in range(heads)) for base in bases) for _ in range(layers)
-    )
+    def of_layer() -> tuple[tuple[int, ...], ...]:
+        # Refused here, because millions of heads would take hours to find their primes.
+        rows = 0
+        orders = []
+        for base in bases:
+            primes = []
+            for _ in range(heads):
+                primes.append(next_free(base))
+                rows += primes[-1]
+                if rows >= 2**31:
+                    raise RecipeError(
+                        f"{heads:,} heads for each of {len(bases)} orders, with {list(bases)} rows "
+                        f"or more, need more than the {2**31 - 1:,} rows of a table"
+                    )
+            orders.append(tuple(primes))
+        return tuple(orders)
+
+    return tuple(of_layer() for _ in range(layers))

@@ -18,6 +18,7 @@ from engram_store.recipes.checks import (
     checked_ids,
     checked_out,
     checked_token_map,
+    whole_numbers,
 )
 from engram_store.recipes.families import NO_TOKEN, RULES, Family, Rules
 from engram_store.types import RowIds, TokenIds
@@ -255,14 +256,14 @@ class Recipe:
             RecipeError: keys or values are not those of a recipe, or `token_map` is not the
                 map that it was stored with.
         """
-        values = dict(data)
         try:
+            values = dict(data)
             digest = values.pop("token_map_sha256")
             recipe = cls(
                 **values
                 | {
                     "family": Family(values["family"]),
-                    "orders": tuple(values["orders"]),
+                    "orders": whole_numbers("orders", values["orders"]),
                     "layers": tuple(_layer_from_json(layer) for layer in values["layers"]),
                 },
                 token_map=token_map,
@@ -271,6 +272,9 @@ class Recipe:
             raise RecipeError(f"not a recipe: {error!r}") from error
         except ValueError as error:
             raise RecipeError(f"not a recipe: {error}") from error
+        numbers = [recipe.heads, recipe.vocabulary, recipe.filler]
+        whole_numbers("heads, vocabulary, filler", numbers)
+        whole_numbers("separator", [] if recipe.separator is None else [recipe.separator])
         if recipe._token_map_sha256 != digest:
             raise RecipeError(
                 f"the token map has SHA-256 {recipe._token_map_sha256}, its recipe was stored "
@@ -368,7 +372,9 @@ def _layer_from_json(data: Mapping[str, Any]) -> LayerHash:
     return LayerHash(
         **dict(data)
         | {
-            "multipliers": tuple(data["multipliers"]),
-            "moduli": tuple(tuple(order) for order in data["moduli"]),
+            "layer": whole_numbers("layer", [data["layer"]])[0],
+            "multipliers": whole_numbers("multipliers", data["multipliers"]),
+            "moduli": tuple(whole_numbers("moduli", order) for order in data["moduli"]),
+            "row_multiple": whole_numbers("row_multiple", [data["row_multiple"]])[0],
         }
     )

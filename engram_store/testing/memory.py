@@ -64,6 +64,7 @@ class _Lookup:
     inverse: Inverse
     rows: RowBlock | None = None
     gradient: NDArray[np.float32] | None = None
+    room: NDArray[np.float32] | None = None
 
 
 @dataclass(eq=False)
@@ -102,6 +103,16 @@ class MemoryWindow:
         """Layers that were read and got no gradient; all of them if the window was not used."""
         pushed = {layer for layer, lookup in self.lookups.items() if lookup.gradient is not None}
         return (self.read if self.read or pushed else set(self.lookups)) - pushed
+
+    def gradient_buffer(self, layer: int) -> NDArray[np.float32]:
+        """See `session.Window.gradient_buffer`."""
+        lookup = self._lookup(layer)
+        if self.step is None:
+            raise ReadOnlyError("the window was announced without a step; it takes no gradients")
+        if lookup.room is None:
+            shape = (lookup.unique.size, self.session.tables[layer].dim)
+            lookup.room = np.zeros(shape, np.float32)
+        return lookup.room
 
     def push(self, layer: int, gradients: GradientBlock) -> None:
         """See `session.Window.push`."""
@@ -182,6 +193,11 @@ class MemorySession:
     def _check_open(self) -> None:
         if self.closed:
             raise StoreClosedError("the session was closed")
+
+    @property
+    def durable_step(self) -> int:
+        """See `session.Session.durable_step`."""
+        return max(self._snapshots, default=0)
 
     def announce(
         self,
@@ -308,8 +324,9 @@ class MemorySession:
 
     def stats(self) -> StoreStats:
         """Only steps and windows are counted here."""
-        zero: dict[str, Any] = dict.fromkeys(StoreStats.__dataclass_fields__, 0)
-        return StoreStats(**{**zero, "tables": {}, "steps": self.step, "windows": self._announced})
+        record: dict[str, Any] = dict.fromkeys(StoreStats.__dataclass_fields__, 0)
+        record |= {"tables": {}, "damages": "", "steps": self.step, "windows": self._announced}
+        return StoreStats(**record)
 
     def close(self) -> None:
         """See `session.Session.close`."""

@@ -17,26 +17,30 @@ MODE_READ: Mode
 MODE_TRAIN: Mode
 
 class Array(_message.Message):
-    __slots__ = ("dtype", "shape", "data", "slot")
+    __slots__ = ("dtype", "shape", "data", "slot", "in_chunks")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     SLOT_FIELD_NUMBER: _ClassVar[int]
+    IN_CHUNKS_FIELD_NUMBER: _ClassVar[int]
     dtype: str
     shape: _containers.RepeatedScalarFieldContainer[int]
     data: bytes
     slot: SlotRange
-    def __init__(self, dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ..., slot: _Optional[_Union[SlotRange, _Mapping]] = ...) -> None: ...
+    in_chunks: bool
+    def __init__(self, dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ..., slot: _Optional[_Union[SlotRange, _Mapping]] = ..., in_chunks: bool = ...) -> None: ...
 
 class SlotRange(_message.Message):
-    __slots__ = ("slot", "offset", "length")
+    __slots__ = ("slot", "offset", "length", "sequence")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     slot: int
     offset: int
     length: int
-    def __init__(self, slot: _Optional[int] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
+    sequence: int
+    def __init__(self, slot: _Optional[int] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ..., sequence: _Optional[int] = ...) -> None: ...
 
 class SnapshotRef(_message.Message):
     __slots__ = ("store_id", "step", "digest")
@@ -49,7 +53,7 @@ class SnapshotRef(_message.Message):
     def __init__(self, store_id: _Optional[str] = ..., step: _Optional[int] = ..., digest: _Optional[str] = ...) -> None: ...
 
 class SessionRequest(_message.Message):
-    __slots__ = ("id", "hello", "announce", "read", "release", "push", "gradient_norm", "commit", "take_snapshot", "restore")
+    __slots__ = ("id", "hello", "announce", "read", "release", "push", "gradient_norm", "commit", "take_snapshot", "restore", "goodbye", "gradient_chunk")
     ID_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     ANNOUNCE_FIELD_NUMBER: _ClassVar[int]
@@ -60,6 +64,8 @@ class SessionRequest(_message.Message):
     COMMIT_FIELD_NUMBER: _ClassVar[int]
     TAKE_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     RESTORE_FIELD_NUMBER: _ClassVar[int]
+    GOODBYE_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_CHUNK_FIELD_NUMBER: _ClassVar[int]
     id: int
     hello: Hello
     announce: Announce
@@ -70,10 +76,12 @@ class SessionRequest(_message.Message):
     commit: Commit
     take_snapshot: TakeSnapshot
     restore: Restore
-    def __init__(self, id: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., announce: _Optional[_Union[Announce, _Mapping]] = ..., read: _Optional[_Union[Read, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., push: _Optional[_Union[Push, _Mapping]] = ..., gradient_norm: _Optional[_Union[GradientNorm, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., take_snapshot: _Optional[_Union[TakeSnapshot, _Mapping]] = ..., restore: _Optional[_Union[Restore, _Mapping]] = ...) -> None: ...
+    goodbye: Goodbye
+    gradient_chunk: GradientChunk
+    def __init__(self, id: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., announce: _Optional[_Union[Announce, _Mapping]] = ..., read: _Optional[_Union[Read, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., push: _Optional[_Union[Push, _Mapping]] = ..., gradient_norm: _Optional[_Union[GradientNorm, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., take_snapshot: _Optional[_Union[TakeSnapshot, _Mapping]] = ..., restore: _Optional[_Union[Restore, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., gradient_chunk: _Optional[_Union[GradientChunk, _Mapping]] = ...) -> None: ...
 
 class SessionResponse(_message.Message):
-    __slots__ = ("id", "failure", "welcome", "announced", "rows", "released", "pushed", "norm", "applied", "snapshot_taken", "restored")
+    __slots__ = ("id", "failure", "welcome", "announced", "rows", "released", "pushed", "norm", "applied", "snapshot_taken", "restored", "farewell", "durable", "rows_chunk")
     ID_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +93,9 @@ class SessionResponse(_message.Message):
     APPLIED_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_TAKEN_FIELD_NUMBER: _ClassVar[int]
     RESTORED_FIELD_NUMBER: _ClassVar[int]
+    FAREWELL_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_FIELD_NUMBER: _ClassVar[int]
+    ROWS_CHUNK_FIELD_NUMBER: _ClassVar[int]
     id: int
     failure: Failure
     welcome: Welcome
@@ -96,7 +107,10 @@ class SessionResponse(_message.Message):
     applied: Applied
     snapshot_taken: SnapshotTaken
     restored: Restored
-    def __init__(self, id: _Optional[int] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., announced: _Optional[_Union[Announced, _Mapping]] = ..., rows: _Optional[_Union[Rows, _Mapping]] = ..., released: _Optional[_Union[Released, _Mapping]] = ..., pushed: _Optional[_Union[Pushed, _Mapping]] = ..., norm: _Optional[_Union[Norm, _Mapping]] = ..., applied: _Optional[_Union[Applied, _Mapping]] = ..., snapshot_taken: _Optional[_Union[SnapshotTaken, _Mapping]] = ..., restored: _Optional[_Union[Restored, _Mapping]] = ...) -> None: ...
+    farewell: Farewell
+    durable: Durable
+    rows_chunk: RowsChunk
+    def __init__(self, id: _Optional[int] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., announced: _Optional[_Union[Announced, _Mapping]] = ..., rows: _Optional[_Union[Rows, _Mapping]] = ..., released: _Optional[_Union[Released, _Mapping]] = ..., pushed: _Optional[_Union[Pushed, _Mapping]] = ..., norm: _Optional[_Union[Norm, _Mapping]] = ..., applied: _Optional[_Union[Applied, _Mapping]] = ..., snapshot_taken: _Optional[_Union[SnapshotTaken, _Mapping]] = ..., restored: _Optional[_Union[Restored, _Mapping]] = ..., farewell: _Optional[_Union[Farewell, _Mapping]] = ..., durable: _Optional[_Union[Durable, _Mapping]] = ..., rows_chunk: _Optional[_Union[RowsChunk, _Mapping]] = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("error", "message", "fields")
@@ -109,7 +123,7 @@ class Failure(_message.Message):
     def __init__(self, error: _Optional[str] = ..., message: _Optional[str] = ..., fields: _Optional[str] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "oldest_protocol", "mode", "session_id", "epoch", "fingerprint", "shared_memory")
+    __slots__ = ("protocol", "oldest_protocol", "mode", "session_id", "epoch", "fingerprint", "shared_memory", "store", "rank", "world_size")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     OLDEST_PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
@@ -117,6 +131,9 @@ class Hello(_message.Message):
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     oldest_protocol: int
     mode: Mode
@@ -124,10 +141,21 @@ class Hello(_message.Message):
     epoch: int
     fingerprint: str
     shared_memory: bool
-    def __init__(self, protocol: _Optional[int] = ..., oldest_protocol: _Optional[int] = ..., mode: _Optional[_Union[Mode, str]] = ..., session_id: _Optional[str] = ..., epoch: _Optional[int] = ..., fingerprint: _Optional[str] = ..., shared_memory: bool = ...) -> None: ...
+    store: str
+    rank: int
+    world_size: int
+    def __init__(self, protocol: _Optional[int] = ..., oldest_protocol: _Optional[int] = ..., mode: _Optional[_Union[Mode, str]] = ..., session_id: _Optional[str] = ..., epoch: _Optional[int] = ..., fingerprint: _Optional[str] = ..., shared_memory: bool = ..., store: _Optional[str] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ...) -> None: ...
+
+class Credits(_message.Message):
+    __slots__ = ("bytes", "windows")
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    WINDOWS_FIELD_NUMBER: _ClassVar[int]
+    bytes: int
+    windows: int
+    def __init__(self, bytes: _Optional[int] = ..., windows: _Optional[int] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("protocol", "server_version", "store_id", "fingerprint", "recipe_json", "tables_json", "token_map", "step", "slot_token")
+    __slots__ = ("protocol", "server_version", "store_id", "fingerprint", "recipe_json", "tables_json", "token_map", "step", "slot_token", "credits", "durable_step")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     STORE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -137,6 +165,8 @@ class Welcome(_message.Message):
     TOKEN_MAP_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     SLOT_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    CREDITS_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_STEP_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     server_version: str
     store_id: str
@@ -146,7 +176,9 @@ class Welcome(_message.Message):
     token_map: Array
     step: int
     slot_token: bytes
-    def __init__(self, protocol: _Optional[int] = ..., server_version: _Optional[str] = ..., store_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., recipe_json: _Optional[str] = ..., tables_json: _Optional[str] = ..., token_map: _Optional[_Union[Array, _Mapping]] = ..., step: _Optional[int] = ..., slot_token: _Optional[bytes] = ...) -> None: ...
+    credits: Credits
+    durable_step: int
+    def __init__(self, protocol: _Optional[int] = ..., server_version: _Optional[str] = ..., store_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., recipe_json: _Optional[str] = ..., tables_json: _Optional[str] = ..., token_map: _Optional[_Union[Array, _Mapping]] = ..., step: _Optional[int] = ..., slot_token: _Optional[bytes] = ..., credits: _Optional[_Union[Credits, _Mapping]] = ..., durable_step: _Optional[int] = ...) -> None: ...
 
 class Announce(_message.Message):
     __slots__ = ("window", "tokens", "step", "context", "attention_mask")
@@ -184,6 +216,16 @@ class Rows(_message.Message):
     inverse: Array
     def __init__(self, row_ids: _Optional[_Union[Array, _Mapping]] = ..., rows: _Optional[_Union[Array, _Mapping]] = ..., inverse: _Optional[_Union[Array, _Mapping]] = ...) -> None: ...
 
+class RowsChunk(_message.Message):
+    __slots__ = ("array", "offset", "data")
+    ARRAY_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    array: int
+    offset: int
+    data: bytes
+    def __init__(self, array: _Optional[int] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
 class Release(_message.Message):
     __slots__ = ("window",)
     WINDOW_FIELD_NUMBER: _ClassVar[int]
@@ -194,6 +236,20 @@ class Released(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class Goodbye(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Farewell(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Durable(_message.Message):
+    __slots__ = ("step",)
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    def __init__(self, step: _Optional[int] = ...) -> None: ...
+
 class Push(_message.Message):
     __slots__ = ("window", "layer", "gradients")
     WINDOW_FIELD_NUMBER: _ClassVar[int]
@@ -203,6 +259,18 @@ class Push(_message.Message):
     layer: int
     gradients: Array
     def __init__(self, window: _Optional[int] = ..., layer: _Optional[int] = ..., gradients: _Optional[_Union[Array, _Mapping]] = ...) -> None: ...
+
+class GradientChunk(_message.Message):
+    __slots__ = ("window", "layer", "offset", "data")
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    window: int
+    layer: int
+    offset: int
+    data: bytes
+    def __init__(self, window: _Optional[int] = ..., layer: _Optional[int] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Pushed(_message.Message):
     __slots__ = ()
@@ -289,9 +357,55 @@ class Restored(_message.Message):
     step: int
     def __init__(self, step: _Optional[int] = ...) -> None: ...
 
-class InspectStoreRequest(_message.Message):
+class ListStoresRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class ListStoresResponse(_message.Message):
+    __slots__ = ("stores",)
+    STORES_FIELD_NUMBER: _ClassVar[int]
+    stores: _containers.RepeatedCompositeFieldContainer[StoreSummary]
+    def __init__(self, stores: _Optional[_Iterable[_Union[StoreSummary, _Mapping]]] = ...) -> None: ...
+
+class StoreSummary(_message.Message):
+    __slots__ = ("name", "store_id", "step", "fingerprint", "readers", "trainers")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    STORE_ID_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    READERS_FIELD_NUMBER: _ClassVar[int]
+    TRAINERS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    store_id: str
+    step: int
+    fingerprint: str
+    readers: int
+    trainers: int
+    def __init__(self, name: _Optional[str] = ..., store_id: _Optional[str] = ..., step: _Optional[int] = ..., fingerprint: _Optional[str] = ..., readers: _Optional[int] = ..., trainers: _Optional[int] = ...) -> None: ...
+
+class CreateStoreRequest(_message.Message):
+    __slots__ = ("store", "recipe_json", "token_map", "options_json")
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    RECIPE_JSON_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_MAP_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_JSON_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    recipe_json: str
+    token_map: Array
+    options_json: str
+    def __init__(self, store: _Optional[str] = ..., recipe_json: _Optional[str] = ..., token_map: _Optional[_Union[Array, _Mapping]] = ..., options_json: _Optional[str] = ...) -> None: ...
+
+class CreateStoreResponse(_message.Message):
+    __slots__ = ("store_id",)
+    STORE_ID_FIELD_NUMBER: _ClassVar[int]
+    store_id: str
+    def __init__(self, store_id: _Optional[str] = ...) -> None: ...
+
+class InspectStoreRequest(_message.Message):
+    __slots__ = ("store",)
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    def __init__(self, store: _Optional[str] = ...) -> None: ...
 
 class InspectStoreResponse(_message.Message):
     __slots__ = ("description_json",)
@@ -300,8 +414,10 @@ class InspectStoreResponse(_message.Message):
     def __init__(self, description_json: _Optional[str] = ...) -> None: ...
 
 class GetStatisticsRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("store",)
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    def __init__(self, store: _Optional[str] = ...) -> None: ...
 
 class GetStatisticsResponse(_message.Message):
     __slots__ = ("statistics_json",)
@@ -310,8 +426,12 @@ class GetStatisticsResponse(_message.Message):
     def __init__(self, statistics_json: _Optional[str] = ...) -> None: ...
 
 class CreateSnapshotRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("store", "pin")
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    PIN_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    pin: str
+    def __init__(self, store: _Optional[str] = ..., pin: _Optional[str] = ...) -> None: ...
 
 class CreateSnapshotResponse(_message.Message):
     __slots__ = ("snapshot",)
@@ -320,26 +440,112 @@ class CreateSnapshotResponse(_message.Message):
     def __init__(self, snapshot: _Optional[_Union[SnapshotRef, _Mapping]] = ...) -> None: ...
 
 class ListSnapshotsRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("store", "details")
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    DETAILS_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    details: bool
+    def __init__(self, store: _Optional[str] = ..., details: bool = ...) -> None: ...
 
 class ListSnapshotsResponse(_message.Message):
-    __slots__ = ("steps",)
+    __slots__ = ("steps", "details_json")
     STEPS_FIELD_NUMBER: _ClassVar[int]
+    DETAILS_JSON_FIELD_NUMBER: _ClassVar[int]
     steps: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, steps: _Optional[_Iterable[int]] = ...) -> None: ...
+    details_json: str
+    def __init__(self, steps: _Optional[_Iterable[int]] = ..., details_json: _Optional[str] = ...) -> None: ...
 
-class SealStoreRequest(_message.Message):
+class PinSnapshotRequest(_message.Message):
+    __slots__ = ("store", "pin", "snapshot", "name", "move")
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    PIN_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MOVE_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    pin: str
+    snapshot: SnapshotRef
+    name: str
+    move: bool
+    def __init__(self, store: _Optional[str] = ..., pin: _Optional[str] = ..., snapshot: _Optional[_Union[SnapshotRef, _Mapping]] = ..., name: _Optional[str] = ..., move: bool = ...) -> None: ...
+
+class PinSnapshotResponse(_message.Message):
+    __slots__ = ("snapshot",)
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    snapshot: SnapshotRef
+    def __init__(self, snapshot: _Optional[_Union[SnapshotRef, _Mapping]] = ...) -> None: ...
+
+class UnpinSnapshotRequest(_message.Message):
+    __slots__ = ("store", "pin")
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    PIN_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    pin: str
+    def __init__(self, store: _Optional[str] = ..., pin: _Optional[str] = ...) -> None: ...
+
+class UnpinSnapshotResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class CollectGarbageRequest(_message.Message):
+    __slots__ = ("store", "keep", "dry_run")
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    keep: int
+    dry_run: bool
+    def __init__(self, store: _Optional[str] = ..., keep: _Optional[int] = ..., dry_run: bool = ...) -> None: ...
+
+class CollectGarbageResponse(_message.Message):
+    __slots__ = ("report_json",)
+    REPORT_JSON_FIELD_NUMBER: _ClassVar[int]
+    report_json: str
+    def __init__(self, report_json: _Optional[str] = ...) -> None: ...
+
+class RestoreSnapshotRequest(_message.Message):
+    __slots__ = ("store", "snapshot", "name")
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    snapshot: SnapshotRef
+    name: str
+    def __init__(self, store: _Optional[str] = ..., snapshot: _Optional[_Union[SnapshotRef, _Mapping]] = ..., name: _Optional[str] = ...) -> None: ...
+
+class RestoreSnapshotResponse(_message.Message):
+    __slots__ = ("step",)
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    def __init__(self, step: _Optional[int] = ...) -> None: ...
+
+class VerifyStoreRequest(_message.Message):
+    __slots__ = ("store",)
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    def __init__(self, store: _Optional[str] = ...) -> None: ...
+
+class VerifyStoreResponse(_message.Message):
+    __slots__ = ("report_json",)
+    REPORT_JSON_FIELD_NUMBER: _ClassVar[int]
+    report_json: str
+    def __init__(self, report_json: _Optional[str] = ...) -> None: ...
+
+class SealStoreRequest(_message.Message):
+    __slots__ = ("store",)
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    def __init__(self, store: _Optional[str] = ...) -> None: ...
 
 class SealStoreResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class FoldStoreRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("store",)
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    def __init__(self, store: _Optional[str] = ...) -> None: ...
 
 class FoldStoreResponse(_message.Message):
     __slots__ = ()

@@ -39,6 +39,16 @@ class StoreServiceStub(object):
                 request_serializer=engram__store_dot_v1_dot_store__pb2.SessionRequest.SerializeToString,
                 response_deserializer=engram__store_dot_v1_dot_store__pb2.SessionResponse.FromString,
                 _registered_method=True)
+        self.ListStores = channel.unary_unary(
+                '/engram_store.v1.StoreService/ListStores',
+                request_serializer=engram__store_dot_v1_dot_store__pb2.ListStoresRequest.SerializeToString,
+                response_deserializer=engram__store_dot_v1_dot_store__pb2.ListStoresResponse.FromString,
+                _registered_method=True)
+        self.CreateStore = channel.unary_unary(
+                '/engram_store.v1.StoreService/CreateStore',
+                request_serializer=engram__store_dot_v1_dot_store__pb2.CreateStoreRequest.SerializeToString,
+                response_deserializer=engram__store_dot_v1_dot_store__pb2.CreateStoreResponse.FromString,
+                _registered_method=True)
         self.InspectStore = channel.unary_unary(
                 '/engram_store.v1.StoreService/InspectStore',
                 request_serializer=engram__store_dot_v1_dot_store__pb2.InspectStoreRequest.SerializeToString,
@@ -59,6 +69,31 @@ class StoreServiceStub(object):
                 request_serializer=engram__store_dot_v1_dot_store__pb2.ListSnapshotsRequest.SerializeToString,
                 response_deserializer=engram__store_dot_v1_dot_store__pb2.ListSnapshotsResponse.FromString,
                 _registered_method=True)
+        self.PinSnapshot = channel.unary_unary(
+                '/engram_store.v1.StoreService/PinSnapshot',
+                request_serializer=engram__store_dot_v1_dot_store__pb2.PinSnapshotRequest.SerializeToString,
+                response_deserializer=engram__store_dot_v1_dot_store__pb2.PinSnapshotResponse.FromString,
+                _registered_method=True)
+        self.UnpinSnapshot = channel.unary_unary(
+                '/engram_store.v1.StoreService/UnpinSnapshot',
+                request_serializer=engram__store_dot_v1_dot_store__pb2.UnpinSnapshotRequest.SerializeToString,
+                response_deserializer=engram__store_dot_v1_dot_store__pb2.UnpinSnapshotResponse.FromString,
+                _registered_method=True)
+        self.CollectGarbage = channel.unary_unary(
+                '/engram_store.v1.StoreService/CollectGarbage',
+                request_serializer=engram__store_dot_v1_dot_store__pb2.CollectGarbageRequest.SerializeToString,
+                response_deserializer=engram__store_dot_v1_dot_store__pb2.CollectGarbageResponse.FromString,
+                _registered_method=True)
+        self.RestoreSnapshot = channel.unary_unary(
+                '/engram_store.v1.StoreService/RestoreSnapshot',
+                request_serializer=engram__store_dot_v1_dot_store__pb2.RestoreSnapshotRequest.SerializeToString,
+                response_deserializer=engram__store_dot_v1_dot_store__pb2.RestoreSnapshotResponse.FromString,
+                _registered_method=True)
+        self.VerifyStore = channel.unary_unary(
+                '/engram_store.v1.StoreService/VerifyStore',
+                request_serializer=engram__store_dot_v1_dot_store__pb2.VerifyStoreRequest.SerializeToString,
+                response_deserializer=engram__store_dot_v1_dot_store__pb2.VerifyStoreResponse.FromString,
+                _registered_method=True)
         self.SealStore = channel.unary_unary(
                 '/engram_store.v1.StoreService/SealStore',
                 request_serializer=engram__store_dot_v1_dot_store__pb2.SealStoreRequest.SerializeToString,
@@ -76,6 +111,20 @@ class StoreServiceServicer(object):
 
     def Session(self, request_iterator, context):
         """One trainer's connection; its first request is Hello.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListStores(self, request, context):
+        """The stores that this process serves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateStore(self, request, context):
+        """Make a new store beside the others.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -109,6 +158,41 @@ class StoreServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PinSnapshot(self, request, context):
+        """Keep a snapshot from being removed, under a name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnpinSnapshot(self, request, context):
+        """Take the name away.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CollectGarbage(self, request, context):
+        """Remove older snapshots, and files that nothing needs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RestoreSnapshot(self, request, context):
+        """Go back to a snapshot; refused while somebody trains the store.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifyStore(self, request, context):
+        """Read every file of the store and compare it with its checksums.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def SealStore(self, request, context):
         """Write the open memtable to disk.
         """
@@ -131,6 +215,16 @@ def add_StoreServiceServicer_to_server(servicer, server):
                     request_deserializer=engram__store_dot_v1_dot_store__pb2.SessionRequest.FromString,
                     response_serializer=engram__store_dot_v1_dot_store__pb2.SessionResponse.SerializeToString,
             ),
+            'ListStores': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListStores,
+                    request_deserializer=engram__store_dot_v1_dot_store__pb2.ListStoresRequest.FromString,
+                    response_serializer=engram__store_dot_v1_dot_store__pb2.ListStoresResponse.SerializeToString,
+            ),
+            'CreateStore': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateStore,
+                    request_deserializer=engram__store_dot_v1_dot_store__pb2.CreateStoreRequest.FromString,
+                    response_serializer=engram__store_dot_v1_dot_store__pb2.CreateStoreResponse.SerializeToString,
+            ),
             'InspectStore': grpc.unary_unary_rpc_method_handler(
                     servicer.InspectStore,
                     request_deserializer=engram__store_dot_v1_dot_store__pb2.InspectStoreRequest.FromString,
@@ -150,6 +244,31 @@ def add_StoreServiceServicer_to_server(servicer, server):
                     servicer.ListSnapshots,
                     request_deserializer=engram__store_dot_v1_dot_store__pb2.ListSnapshotsRequest.FromString,
                     response_serializer=engram__store_dot_v1_dot_store__pb2.ListSnapshotsResponse.SerializeToString,
+            ),
+            'PinSnapshot': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinSnapshot,
+                    request_deserializer=engram__store_dot_v1_dot_store__pb2.PinSnapshotRequest.FromString,
+                    response_serializer=engram__store_dot_v1_dot_store__pb2.PinSnapshotResponse.SerializeToString,
+            ),
+            'UnpinSnapshot': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnpinSnapshot,
+                    request_deserializer=engram__store_dot_v1_dot_store__pb2.UnpinSnapshotRequest.FromString,
+                    response_serializer=engram__store_dot_v1_dot_store__pb2.UnpinSnapshotResponse.SerializeToString,
+            ),
+            'CollectGarbage': grpc.unary_unary_rpc_method_handler(
+                    servicer.CollectGarbage,
+                    request_deserializer=engram__store_dot_v1_dot_store__pb2.CollectGarbageRequest.FromString,
+                    response_serializer=engram__store_dot_v1_dot_store__pb2.CollectGarbageResponse.SerializeToString,
+            ),
+            'RestoreSnapshot': grpc.unary_unary_rpc_method_handler(
+                    servicer.RestoreSnapshot,
+                    request_deserializer=engram__store_dot_v1_dot_store__pb2.RestoreSnapshotRequest.FromString,
+                    response_serializer=engram__store_dot_v1_dot_store__pb2.RestoreSnapshotResponse.SerializeToString,
+            ),
+            'VerifyStore': grpc.unary_unary_rpc_method_handler(
+                    servicer.VerifyStore,
+                    request_deserializer=engram__store_dot_v1_dot_store__pb2.VerifyStoreRequest.FromString,
+                    response_serializer=engram__store_dot_v1_dot_store__pb2.VerifyStoreResponse.SerializeToString,
             ),
             'SealStore': grpc.unary_unary_rpc_method_handler(
                     servicer.SealStore,
@@ -189,6 +308,60 @@ class StoreService(object):
             '/engram_store.v1.StoreService/Session',
             engram__store_dot_v1_dot_store__pb2.SessionRequest.SerializeToString,
             engram__store_dot_v1_dot_store__pb2.SessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListStores(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/engram_store.v1.StoreService/ListStores',
+            engram__store_dot_v1_dot_store__pb2.ListStoresRequest.SerializeToString,
+            engram__store_dot_v1_dot_store__pb2.ListStoresResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateStore(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/engram_store.v1.StoreService/CreateStore',
+            engram__store_dot_v1_dot_store__pb2.CreateStoreRequest.SerializeToString,
+            engram__store_dot_v1_dot_store__pb2.CreateStoreResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -297,6 +470,141 @@ class StoreService(object):
             '/engram_store.v1.StoreService/ListSnapshots',
             engram__store_dot_v1_dot_store__pb2.ListSnapshotsRequest.SerializeToString,
             engram__store_dot_v1_dot_store__pb2.ListSnapshotsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinSnapshot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/engram_store.v1.StoreService/PinSnapshot',
+            engram__store_dot_v1_dot_store__pb2.PinSnapshotRequest.SerializeToString,
+            engram__store_dot_v1_dot_store__pb2.PinSnapshotResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnpinSnapshot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/engram_store.v1.StoreService/UnpinSnapshot',
+            engram__store_dot_v1_dot_store__pb2.UnpinSnapshotRequest.SerializeToString,
+            engram__store_dot_v1_dot_store__pb2.UnpinSnapshotResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CollectGarbage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/engram_store.v1.StoreService/CollectGarbage',
+            engram__store_dot_v1_dot_store__pb2.CollectGarbageRequest.SerializeToString,
+            engram__store_dot_v1_dot_store__pb2.CollectGarbageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RestoreSnapshot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/engram_store.v1.StoreService/RestoreSnapshot',
+            engram__store_dot_v1_dot_store__pb2.RestoreSnapshotRequest.SerializeToString,
+            engram__store_dot_v1_dot_store__pb2.RestoreSnapshotResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyStore(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/engram_store.v1.StoreService/VerifyStore',
+            engram__store_dot_v1_dot_store__pb2.VerifyStoreRequest.SerializeToString,
+            engram__store_dot_v1_dot_store__pb2.VerifyStoreResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -4,8 +4,12 @@ isort:skip_file
 The wire between trainers and a store process.
 
 A trainer holds one Session stream. Every request has an id and gets exactly one response with
-the same id, not necessarily in order: `Read` is answered when the rows are there. Requests that
-change something take effect in the order in which they were sent.
+the same id, not necessarily in order: `Read` is answered when the rows are there, `Commit` when
+all ranks of the job have sent theirs. Requests that change something take effect in the order in
+which they were sent. Responses with id 0 are notices that nobody asked for. The bytes of large
+arrays travel in chunks of about 1 MiB, which are no requests or responses of their own.
+
+A process serves one store or several; an empty `store` names the only one.
 """
 
 import abc
@@ -29,6 +33,18 @@ class StoreServiceStub:
         engram_store.v1.store_pb2.SessionResponse,
     ]
     """One trainer's connection; its first request is Hello."""
+
+    ListStores: grpc.UnaryUnaryMultiCallable[
+        engram_store.v1.store_pb2.ListStoresRequest,
+        engram_store.v1.store_pb2.ListStoresResponse,
+    ]
+    """The stores that this process serves."""
+
+    CreateStore: grpc.UnaryUnaryMultiCallable[
+        engram_store.v1.store_pb2.CreateStoreRequest,
+        engram_store.v1.store_pb2.CreateStoreResponse,
+    ]
+    """Make a new store beside the others."""
 
     InspectStore: grpc.UnaryUnaryMultiCallable[
         engram_store.v1.store_pb2.InspectStoreRequest,
@@ -54,6 +70,36 @@ class StoreServiceStub:
     ]
     """Steps that have a snapshot."""
 
+    PinSnapshot: grpc.UnaryUnaryMultiCallable[
+        engram_store.v1.store_pb2.PinSnapshotRequest,
+        engram_store.v1.store_pb2.PinSnapshotResponse,
+    ]
+    """Keep a snapshot from being removed, under a name."""
+
+    UnpinSnapshot: grpc.UnaryUnaryMultiCallable[
+        engram_store.v1.store_pb2.UnpinSnapshotRequest,
+        engram_store.v1.store_pb2.UnpinSnapshotResponse,
+    ]
+    """Take the name away."""
+
+    CollectGarbage: grpc.UnaryUnaryMultiCallable[
+        engram_store.v1.store_pb2.CollectGarbageRequest,
+        engram_store.v1.store_pb2.CollectGarbageResponse,
+    ]
+    """Remove older snapshots, and files that nothing needs."""
+
+    RestoreSnapshot: grpc.UnaryUnaryMultiCallable[
+        engram_store.v1.store_pb2.RestoreSnapshotRequest,
+        engram_store.v1.store_pb2.RestoreSnapshotResponse,
+    ]
+    """Go back to a snapshot; refused while somebody trains the store."""
+
+    VerifyStore: grpc.UnaryUnaryMultiCallable[
+        engram_store.v1.store_pb2.VerifyStoreRequest,
+        engram_store.v1.store_pb2.VerifyStoreResponse,
+    ]
+    """Read every file of the store and compare it with its checksums."""
+
     SealStore: grpc.UnaryUnaryMultiCallable[
         engram_store.v1.store_pb2.SealStoreRequest,
         engram_store.v1.store_pb2.SealStoreResponse,
@@ -72,6 +118,18 @@ class StoreServiceAsyncStub:
         engram_store.v1.store_pb2.SessionResponse,
     ]
     """One trainer's connection; its first request is Hello."""
+
+    ListStores: grpc.aio.UnaryUnaryMultiCallable[
+        engram_store.v1.store_pb2.ListStoresRequest,
+        engram_store.v1.store_pb2.ListStoresResponse,
+    ]
+    """The stores that this process serves."""
+
+    CreateStore: grpc.aio.UnaryUnaryMultiCallable[
+        engram_store.v1.store_pb2.CreateStoreRequest,
+        engram_store.v1.store_pb2.CreateStoreResponse,
+    ]
+    """Make a new store beside the others."""
 
     InspectStore: grpc.aio.UnaryUnaryMultiCallable[
         engram_store.v1.store_pb2.InspectStoreRequest,
@@ -97,6 +155,36 @@ class StoreServiceAsyncStub:
     ]
     """Steps that have a snapshot."""
 
+    PinSnapshot: grpc.aio.UnaryUnaryMultiCallable[
+        engram_store.v1.store_pb2.PinSnapshotRequest,
+        engram_store.v1.store_pb2.PinSnapshotResponse,
+    ]
+    """Keep a snapshot from being removed, under a name."""
+
+    UnpinSnapshot: grpc.aio.UnaryUnaryMultiCallable[
+        engram_store.v1.store_pb2.UnpinSnapshotRequest,
+        engram_store.v1.store_pb2.UnpinSnapshotResponse,
+    ]
+    """Take the name away."""
+
+    CollectGarbage: grpc.aio.UnaryUnaryMultiCallable[
+        engram_store.v1.store_pb2.CollectGarbageRequest,
+        engram_store.v1.store_pb2.CollectGarbageResponse,
+    ]
+    """Remove older snapshots, and files that nothing needs."""
+
+    RestoreSnapshot: grpc.aio.UnaryUnaryMultiCallable[
+        engram_store.v1.store_pb2.RestoreSnapshotRequest,
+        engram_store.v1.store_pb2.RestoreSnapshotResponse,
+    ]
+    """Go back to a snapshot; refused while somebody trains the store."""
+
+    VerifyStore: grpc.aio.UnaryUnaryMultiCallable[
+        engram_store.v1.store_pb2.VerifyStoreRequest,
+        engram_store.v1.store_pb2.VerifyStoreResponse,
+    ]
+    """Read every file of the store and compare it with its checksums."""
+
     SealStore: grpc.aio.UnaryUnaryMultiCallable[
         engram_store.v1.store_pb2.SealStoreRequest,
         engram_store.v1.store_pb2.SealStoreResponse,
@@ -117,6 +205,22 @@ class StoreServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[engram_store.v1.store_pb2.SessionResponse], collections.abc.AsyncIterator[engram_store.v1.store_pb2.SessionResponse]]:
         """One trainer's connection; its first request is Hello."""
+
+    @abc.abstractmethod
+    def ListStores(
+        self,
+        request: engram_store.v1.store_pb2.ListStoresRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[engram_store.v1.store_pb2.ListStoresResponse, collections.abc.Awaitable[engram_store.v1.store_pb2.ListStoresResponse]]:
+        """The stores that this process serves."""
+
+    @abc.abstractmethod
+    def CreateStore(
+        self,
+        request: engram_store.v1.store_pb2.CreateStoreRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[engram_store.v1.store_pb2.CreateStoreResponse, collections.abc.Awaitable[engram_store.v1.store_pb2.CreateStoreResponse]]:
+        """Make a new store beside the others."""
 
     @abc.abstractmethod
     def InspectStore(
@@ -149,6 +253,46 @@ class StoreServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[engram_store.v1.store_pb2.ListSnapshotsResponse, collections.abc.Awaitable[engram_store.v1.store_pb2.ListSnapshotsResponse]]:
         """Steps that have a snapshot."""
+
+    @abc.abstractmethod
+    def PinSnapshot(
+        self,
+        request: engram_store.v1.store_pb2.PinSnapshotRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[engram_store.v1.store_pb2.PinSnapshotResponse, collections.abc.Awaitable[engram_store.v1.store_pb2.PinSnapshotResponse]]:
+        """Keep a snapshot from being removed, under a name."""
+
+    @abc.abstractmethod
+    def UnpinSnapshot(
+        self,
+        request: engram_store.v1.store_pb2.UnpinSnapshotRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[engram_store.v1.store_pb2.UnpinSnapshotResponse, collections.abc.Awaitable[engram_store.v1.store_pb2.UnpinSnapshotResponse]]:
+        """Take the name away."""
+
+    @abc.abstractmethod
+    def CollectGarbage(
+        self,
+        request: engram_store.v1.store_pb2.CollectGarbageRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[engram_store.v1.store_pb2.CollectGarbageResponse, collections.abc.Awaitable[engram_store.v1.store_pb2.CollectGarbageResponse]]:
+        """Remove older snapshots, and files that nothing needs."""
+
+    @abc.abstractmethod
+    def RestoreSnapshot(
+        self,
+        request: engram_store.v1.store_pb2.RestoreSnapshotRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[engram_store.v1.store_pb2.RestoreSnapshotResponse, collections.abc.Awaitable[engram_store.v1.store_pb2.RestoreSnapshotResponse]]:
+        """Go back to a snapshot; refused while somebody trains the store."""
+
+    @abc.abstractmethod
+    def VerifyStore(
+        self,
+        request: engram_store.v1.store_pb2.VerifyStoreRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[engram_store.v1.store_pb2.VerifyStoreResponse, collections.abc.Awaitable[engram_store.v1.store_pb2.VerifyStoreResponse]]:
+        """Read every file of the store and compare it with its checksums."""
 
     @abc.abstractmethod
     def SealStore(

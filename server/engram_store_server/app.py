@@ -1,6 +1,6 @@
 """One store process from its start to its end.
 
-Start: listen, answer health checks with NOT_SERVING, open the store in a thread (which recovers
+Start: listen, answer health checks with NOT_SERVING, open the stores in a thread (which recovers
 what a killed process left), then serve. The end is in `_shut_down`.
 """
 
@@ -15,18 +15,20 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-import engram_store
-from engram_store.engine.placement import StoreLock
+from engram_store.chunks import CHANNEL_OPTIONS
 from engram_store.errors import ConfigError
-from engram_store.layout.metadata import read_metadata
-from engram_store.layout.paths import StorePaths
 from engram_store.slots import slot_door
 from engram_store.store import Store
+from engram_store_server.allocator import keep_freed_memory
 from engram_store_server.config import ServerConfig
+from engram_store_server.creation import StoreMaker
 from engram_store_server.gate import SERVICE, StoreGate
+from engram_store_server.home import StoreHome, find_stores, open_stores
 from engram_store_server.rules import split_address
 from engram_store_server.servicer import StoreServicer
 from engram_store_server.socket_path import claim_socket
+from engram_store_server.stores import Stores
+from engram_store_server.tls import server_credentials
 
 _logger = logging.getLogger(__name__)
 _OTHER_CALLS = 64
@@ -54,6 +56,7 @@ def run(config: ServerConfig) -> None:
     Raises:
         As `serve`.
     """
+    keep_freed_memory()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(serve(config))
 
@@ -67,31 +70,33 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 async def serve(config: ServerConfig) -> None:
-    """Serve a store until SIGTERM or SIGINT, then close it.
+    """Serve a store, or the stores of a directory, until SIGTERM or SIGINT, then close them.
 
     Raises:
-        StoreNotFoundError, StoreLockedError, StoreFileError: it cannot be opened.
+        StoreNotFoundError, StoreLockedError, StoreFileError: one cannot be opened; it is named.
         CapacityError: there is no room for its memtables, or to close it; applied steps stay in
             shared memory for the next start.
-        ConfigError: the socket or the address cannot be listened on.
+        ConfigError: the socket or the address cannot be listened on, or a TLS file cannot be used.
     """
     stop = _stop_on_signals()
-    paths = StorePaths(config.data_dir)
-    read_metadata(paths)  # a directory that is no store gets no socket
-    StoreLock(paths).release()  # the engine takes it for good; this names the holder early
-    with claim_socket(config.socket_path):
-        front, addresses = await _listen(config)
+    credentials = server_credentials(config)
+    home = find_stores(config.data_dir)
+    with home.claim(), claim_socket(config.socket_path):
+        front, addresses = await _listen(config, credentials)
         try:
             _logger.info("opening %s", config.data_dir)
-            store = await asyncio.to_thread(_open, config)
+            opened = await asyncio.to_thread(_open, config, home)
         except BaseException:
             await front.server.stop(None)
             raise
-        servicer = StoreServicer(store, door=slot_door(config.socket_path))
+        ready = _ready_line(home, opened, addresses)
+        maker = StoreMaker(home, config) if home.several else None
+        stores = Stores(opened, config.limits, maker)
+        servicer = StoreServicer(stores, config.limits, door=slot_door(config.socket_path))
         try:
-            await _serve_until(stop, front, servicer, _ready_line(config, store, addresses))
+            await _serve_until(stop, front, servicer, ready)
         finally:
-            await _shut_down(config, front, servicer, store)
+            await _shut_down(config, front, servicer, stores)
 
 
 def _stop_on_signals() -> asyncio.Event:
@@ -120,7 +125,7 @@ async def _serve_until(
 
 
 async def _shut_down(
-    config: ServerConfig, front: _Front, servicer: StoreServicer, store: Store
+    config: ServerConfig, front: _Front, servicer: StoreServicer, stores: Stores
 ) -> None:
     """The one order in which a store process ends.
 
@@ -128,23 +133,25 @@ async def _shut_down(
     2. New calls are refused; health checks are still answered.
     3. Sessions end after the answers they have ready: a stream has no end of its own to wait for.
     4. Calls under way may finish for `drain_seconds`; what is left then is cancelled.
-    5. The store closes: its memtables are sealed, and its step becomes a snapshot.
+    5. The stores close, also when one of them cannot: memtables are sealed, and the step of each
+       becomes a snapshot.
     """
     await front.set_health(_NOT_SERVING)
     front.gate.close()
-    await servicer.stop()
+    servicer.stop()
     if left := await front.gate.drain(config.drain_seconds):
         _logger.warning("%d calls did not end in %g s", left, config.drain_seconds)
     await front.server.stop(None)
     _logger.info("closing %s", config.data_dir)
-    await asyncio.to_thread(store.close)
-    _logger.info("closed %s at step %d", config.data_dir, store.step)
+    await asyncio.to_thread(stores.close)
 
 
 # ---------------------------------------------------------------------- the server
 
 
-async def _listen(config: ServerConfig) -> tuple[_Front, list[str]]:
+async def _listen(
+    config: ServerConfig, credentials: grpc.ServerCredentials | None
+) -> tuple[_Front, list[str]]:
     """A server that answers health checks; with the addresses it listens on.
 
     Raises:
@@ -161,12 +168,14 @@ async def _listen(config: ServerConfig) -> tuple[_Front, list[str]]:
     names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     await front.set_health(_NOT_SERVING)
-    addresses = _bind(server, config)
+    addresses = _bind(server, config, credentials)
     await server.start()
     return front, addresses
 
 
-def _bind(server: grpc.aio.Server, config: ServerConfig) -> list[str]:
+def _bind(
+    server: grpc.aio.Server, config: ServerConfig, credentials: grpc.ServerCredentials | None
+) -> list[str]:
     """Raises: ConfigError."""
     path = config.socket_path
     _add_port(server, f"unix:{path}")
@@ -174,15 +183,19 @@ def _bind(server: grpc.aio.Server, config: ServerConfig) -> list[str]:
     addresses = [f"unix:{path.absolute()}"]
     if config.tcp is not None:
         host = split_address(config.tcp)[0]
-        port = _add_port(server, config.tcp)
+        port = _add_port(server, config.tcp, credentials)
         addresses.append(f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}")
     return addresses
 
 
-def _add_port(server: grpc.aio.Server, address: str) -> int:
+def _add_port(
+    server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None = None
+) -> int:
     """Raises: ConfigError."""
     try:
-        return server.add_insecure_port(address)
+        if credentials is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise ConfigError(f"cannot listen on {address}: {error}") from None
 
@@ -191,6 +204,7 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
     """GRPC's settings, each named in its own documentation."""
     keepalive_ms = round(1000 * config.keepalive_seconds)
     return [
+        *CHANNEL_OPTIONS,
         ("grpc.max_receive_message_length", config.max_message_bytes),
         ("grpc.max_send_message_length", config.max_message_bytes),
         ("grpc.max_concurrent_streams", config.max_sessions + _OTHER_CALLS),
@@ -199,28 +213,22 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.keepalive_permit_without_calls", 1),
         # Clients may ask for signs of life too, as often as we do.
         ("grpc.http2.min_recv_ping_interval_without_data_ms", keepalive_ms // 2),
+        # TLS included: who connects and says nothing holds a place for no longer.
+        ("grpc.server_handshake_timeout_ms", round(1000 * config.hello_seconds)),
         # Two processes must never share a port without knowing.
         ("grpc.so_reuseport", 0),
     ]
 
 
-# ---------------------------------------------------------------------- the store
+# ---------------------------------------------------------------------- the stores
 
 
-def _open(config: ServerConfig) -> Store:
-    store = engram_store.open(
-        config.data_dir,
-        "train",
-        overlay_bytes=config.overlay_bytes,
-        memtable_dir=config.memtable_dir,
-        fold_ratio=config.fold_ratio,
-    )
-    if store.recovery is not None:
-        report = store.recovery
-        _logger.info("opened: %s, %d rows taken over", report.kind, report.sealed_rows)
-    return store
+def _open(config: ServerConfig, home: StoreHome) -> dict[str, Store]:
+    return open_stores(home, config)
 
 
-def _ready_line(config: ServerConfig, store: Store, addresses: list[str]) -> str:
-    where = " and ".join(addresses)
-    return f"engram-store: serving {config.data_dir} (step {store.step}) on {where}"
+def _ready_line(home: StoreHome, opened: dict[str, Store], addresses: list[str]) -> str:
+    what = f"{len(opened)} store{'s' * (len(opened) != 1)}"
+    if not home.several:
+        what = f"step {next(iter(opened.values())).step}"
+    return f"engram-store: serving {home.root} ({what}) on {' and '.join(addresses)}"

@@ -21,16 +21,39 @@ _File = Annotated[
 ]
 _Socket = Annotated[
     Path | None,
-    typer.Option(help="Unix socket, in a directory closed to others. Default: DIR/run/store.sock."),
+    typer.Option(
+        help="Unix socket, in a directory closed to others; no %, ? or # in its path. "
+        "Default: DIR/run/store.sock."
+    ),
 ]
 _Tcp = Annotated[
-    str | None, typer.Option(help="HOST:PORT to listen on besides: loopback, with --insecure.")
+    str | None,
+    typer.Option(
+        help="HOST:PORT to listen on besides: any with TLS, else loopback with --insecure."
+    ),
 ]
 _Insecure = Annotated[
     bool | None,
     typer.Option(
         "--insecure/--no-insecure",
         help="Allow TCP without TLS: every user of this machine can then train the store.",
+    ),
+]
+_TlsCert = Annotated[
+    Path | None,
+    typer.Option(
+        help="PEM file of the certificate shown on TCP. The three TLS files go together, and may "
+        "be renewed while it runs."
+    ),
+]
+_TlsKey = Annotated[
+    Path | None,
+    typer.Option(help="PEM file of its key: no pass phrase, closed to other users (chmod 600)."),
+]
+_TlsClientCa = Annotated[
+    Path | None,
+    typer.Option(
+        help="PEM file of CAs: who shows a certificate they signed may train the store over TCP."
     ),
 ]
 _OverlayBytes = Annotated[
@@ -47,6 +70,28 @@ _FoldRatio = Annotated[
     float | None,
     typer.Option(help="Fold when segments reach this multiple of the base. Default: 1."),
 ]
+_FoldRate = Annotated[
+    float | None,
+    typer.Option(help="Bytes a second that folds and merges read and write. Default: no limit."),
+]
+_ScrubRate = Annotated[
+    float | None,
+    typer.Option(
+        help="Bytes a second at which files are read again and again to find damages; 0: never. "
+        "Default: 20000000."
+    ),
+]
+_Durability = Annotated[
+    str | None,
+    typer.Option(help="When applied steps outlive the host: snapshot, group(MS) or step."),
+]
+_KeepSnapshots = Annotated[
+    int | None,
+    typer.Option(
+        help="How many of the newest snapshots stay when one is made, beside the pinned. "
+        "Default: all."
+    ),
+]
 _DrainSeconds = Annotated[
     float | None,
     typer.Option(help="How long running calls may finish after SIGTERM. Default: 10."),
@@ -56,6 +101,24 @@ _MaxMessageBytes = Annotated[
 ]
 _MaxSessions = Annotated[
     int | None, typer.Option(help="Trainers and readers connected at once. Default: 64.")
+]
+_HelloSeconds = Annotated[
+    float | None,
+    typer.Option(help="How long a new connection may take to say who it is. Default: 10."),
+]
+_HandoverSeconds = Annotated[
+    float | None,
+    typer.Option(
+        help="How long a new trainer waits for a stopped one to be noticed before it is refused. "
+        "Default: 1."
+    ),
+]
+_SessionBytes = Annotated[
+    int | None,
+    typer.Option(help="Memory that the open windows of one session may use. Default: 4 GiB."),
+]
+_OpenWindows = Annotated[
+    int | None, typer.Option(help="Windows that one session may have open at once. Default: 1024.")
 ]
 _KeepaliveSeconds = Annotated[
     float | None,
@@ -76,12 +139,23 @@ def serve(
     socket: _Socket = None,
     tcp: _Tcp = None,
     insecure: _Insecure = None,
+    tls_cert: _TlsCert = None,
+    tls_key: _TlsKey = None,
+    tls_client_ca: _TlsClientCa = None,
     overlay_bytes: _OverlayBytes = None,
     memtable_dir: _MemtableDir = None,
     fold_ratio: _FoldRatio = None,
+    fold_rate: _FoldRate = None,
+    scrub_rate: _ScrubRate = None,
+    durability: _Durability = None,
+    keep_snapshots: _KeepSnapshots = None,
     drain_seconds: _DrainSeconds = None,
     max_message_bytes: _MaxMessageBytes = None,
     max_sessions: _MaxSessions = None,
+    hello_seconds: _HelloSeconds = None,
+    handover_seconds: _HandoverSeconds = None,
+    session_bytes: _SessionBytes = None,
+    open_windows: _OpenWindows = None,
     keepalive_seconds: _KeepaliveSeconds = None,
     log_format: _LogFormat = None,
 ) -> None:
@@ -109,12 +183,23 @@ def show(
     socket: _Socket = None,
     tcp: _Tcp = None,
     insecure: _Insecure = None,
+    tls_cert: _TlsCert = None,
+    tls_key: _TlsKey = None,
+    tls_client_ca: _TlsClientCa = None,
     overlay_bytes: _OverlayBytes = None,
     memtable_dir: _MemtableDir = None,
     fold_ratio: _FoldRatio = None,
+    fold_rate: _FoldRate = None,
+    scrub_rate: _ScrubRate = None,
+    durability: _Durability = None,
+    keep_snapshots: _KeepSnapshots = None,
     drain_seconds: _DrainSeconds = None,
     max_message_bytes: _MaxMessageBytes = None,
     max_sessions: _MaxSessions = None,
+    hello_seconds: _HelloSeconds = None,
+    handover_seconds: _HandoverSeconds = None,
+    session_bytes: _SessionBytes = None,
+    open_windows: _OpenWindows = None,
     keepalive_seconds: _KeepaliveSeconds = None,
     log_format: _LogFormat = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -156,6 +241,9 @@ def _read_file(path: Path) -> dict[str, Any]:
     """Raises: ConfigError."""
     try:
         return tomllib.loads(path.read_text("utf-8"))
+    except RecursionError:
+        problem = "it is nested too deeply; settings are plain values, one per line"
+        raise ConfigError(f"the configuration file {path} cannot be read: {problem}") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"the configuration file {path} cannot be read: {error}") from None
 

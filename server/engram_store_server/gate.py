@@ -7,6 +7,7 @@ from typing import Any, TypeAlias, cast
 
 import grpc
 
+from engram_store.chunks import REQUESTS, RESPONSES
 from engram_store.v1 import store_pb2 as pb
 from engram_store.v1 import store_pb2_grpc as pb_grpc
 
@@ -64,10 +65,12 @@ class StoreGate(grpc.GenericRpcHandler):
         handler: Any = self._inner[0].service(details)
         if handler is None:
             return None
-        codec = (handler.request_deserializer, handler.response_serializer)
         if handler.request_streaming:
             session = self._session(handler.stream_stream)
-            return grpc.stream_stream_rpc_method_handler(session, *codec)
+            # Rows and gradients are not to be copied by the generated classes.
+            chunked = (REQUESTS.deserialize, RESPONSES.serialize)
+            return grpc.stream_stream_rpc_method_handler(session, *chunked)
+        codec = (handler.request_deserializer, handler.response_serializer)
         return grpc.unary_unary_rpc_method_handler(self._call(handler.unary_unary), *codec)
 
     async def _refuse(self, _requests: Any, context: _Context) -> None:

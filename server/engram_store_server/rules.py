@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engram_store.types import Durability
+
 _WORDS = {"1": True, "true": True, "yes": True, "on": True}
 _WORDS |= {"0": False, "false": False, "no": False, "off": False}
 MAX_SOCKET_PATH_BYTES = 107
 """Linux's limit on the path of a Unix socket."""
+SOCKET_PATH_STOPS = "%?#"
+"""gRPC reads a socket's path as part of a URL, where these mean something else."""
 MAX_INT32 = (1 << 31) - 1
 """gRPC's own settings are no larger."""
 
@@ -37,15 +41,21 @@ def path_rule() -> Rule:
 
 
 def socket_rule() -> Rule:
-    """A path short enough for a socket."""
+    """A path that gRPC can listen on, short enough for a socket."""
 
     def parse(value: Any) -> Path:
         path: Path = path_rule().parse(value)
-        if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+        if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES or set(str(path)) & set(
+            SOCKET_PATH_STOPS
+        ):
             raise ValueError
         return path
 
-    return Rule(f"a path of at most {MAX_SOCKET_PATH_BYTES} bytes", parse)
+    return Rule(
+        f"a path of at most {MAX_SOCKET_PATH_BYTES} bytes without %, ? and #, which gRPC reads as "
+        "parts of a URL",
+        parse,
+    )
 
 
 def switch_rule() -> Rule:
@@ -78,7 +88,10 @@ def number_rule(at_least: float, at_most: float, unit: str = "") -> Rule:
     def parse(value: Any) -> float:
         if isinstance(value, bool):
             raise TypeError
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:  # a whole number that no float can hold
+            raise ValueError from None
         if not at_least <= number <= at_most:  # nor is NaN
             raise ValueError
         return number
@@ -93,6 +106,16 @@ def choice_rule(*choices: str) -> Rule:
         return choices[choices.index(value)]
 
     return Rule(" or ".join(repr(choice) for choice in choices), parse)
+
+
+def durability_rule() -> Rule:
+    """When applied steps outlive the host."""
+
+    def parse(value: Any) -> str:
+        Durability.parse(value)
+        return str(value)
+
+    return Rule("'snapshot', 'step', or 'group(MS)' with 1 to 60000 milliseconds", parse)
 
 
 def address_rule() -> Rule:

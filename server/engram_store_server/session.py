@@ -1,78 +1,88 @@
-"""One trainer's session: its requests in, their answers out.
+"""One trainer's connection: its requests in, their answers out.
 
-Requests that change something run one after the other on the session's own thread, in the order
-in which they came; the event loop never waits for the store. Reads are answered when the rows are
-there, so several are under way at once.
+Requests run one after the other on the session's own thread, in the order in which they came; the
+event loop never waits for the store. What takes time is answered later, from the thread that
+finishes it: rows when their stream has gathered them, a step when every rank has asked for it.
 """
 
 import asyncio
 import contextlib
-import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
+from google.protobuf.message import DecodeError
 
-from engram_store import wire
-from engram_store.errors import (
-    EngramStoreError,
-    ProtocolError,
-    WindowClosedError,
-)
-from engram_store.layout.manifest import Mark
-from engram_store.store import Store
+from engram_store.errors import ProtocolError
+from engram_store.slots import MAX_PACKET_BYTES
 from engram_store.v1 import store_pb2 as pb
-from engram_store.window import StoreWindow
+from engram_store_server.incoming import Request, RequestQueue, size_of
+from engram_store_server.jobs import Job
+from engram_store_server.limits import SessionLimits
+from engram_store_server.outgoing import Outgoing, RowsAnswer
+from engram_store_server.requests import RequestHandlers
 from engram_store_server.slots import SessionSlots
 
-MAX_OPEN_WINDOWS = 1024
-_logger = logging.getLogger(__name__)
-_Handler = Callable[[Any], pb.SessionResponse]
+if TYPE_CHECKING:
+    from engram_store_server.stores import ServedStore
 
 
 class SessionServer:
-    """Serves the requests of one connection after its Hello was accepted."""
+    """Serves the requests of one connection after its Hello was accepted.
 
-    def __init__(self, store: Store, hello: pb.Hello, *, shared_memory: bool) -> None:
-        """`shared_memory`: whether slots can reach the client at all."""
+    Args:
+        served: the store.
+        hello: what the client said.
+        limits: of every session.
+        shared_memory: whether slots can reach the client at all.
+    """
+
+    def __init__(
+        self, served: "ServedStore", hello: pb.Hello, limits: SessionLimits, *, shared_memory: bool
+    ) -> None:
         self.session_id, self.epoch = hello.session_id, hello.epoch
+        self.rank, self.world_size = hello.rank, hello.world_size or 1
         self.trains = hello.mode == pb.MODE_TRAIN
-        self.slots = SessionSlots() if hello.shared_memory and shared_memory else None
-        self._inverses: dict[int, list[NDArray[np.uint8]]] = {}
-        """Slots of the windows' inverses."""
-        self._store = store
-        self._windows: dict[int, StoreWindow] = {}
-        self._parked: list[tuple[int, pb.Read]] = []
-        """Reads of windows whose step has not come yet."""
-        self._answers: asyncio.Queue[pb.SessionResponse | None] = asyncio.Queue()
+        self.slots: SessionSlots | None = None
+        if hello.shared_memory and shared_memory:
+            # Buffers are powers of two, so half of their bytes may be unused.
+            self.slots = SessionSlots(2 * limits.session_bytes)
+            self.slots.exchange.on_message = self._take_direct
+            self.slots.on_end = self._hung_up
+        self._requests = RequestHandlers(served, hello, limits, self.slots, self.notify)
+        self._loop = asyncio.get_running_loop()
+        self._answers = Outgoing()
+        self._queue = RequestQueue()
         self._worker = ThreadPoolExecutor(1, "engram-session")
+        # Requests come through the stream, or beside the slots; one at a time is worked on.
+        self._turn = threading.Lock()
+        self._over = False
         self._left = asyncio.Event()
-        self._readers = ThreadPoolExecutor(2 * len(store.tables), "engram-read")
-        self._reads: set[asyncio.Task[None]] = set()
         self._taking: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
-        self._handlers: dict[str, _Handler] = {
-            "announce": self._announce,
-            "release": self._release,
-            "push": self._push,
-            "gradient_norm": self._gradient_norm,
-            "commit": self._commit,
-            "take_snapshot": self._take_snapshot,
-            "restore": self._restore,
-        }
+
+    @property
+    def job(self) -> Job | None:
+        """The job that it trains for, once it was admitted."""
+        return self._requests.job
+
+    @job.setter
+    def job(self, job: Job) -> None:
+        self._requests.job = job
+
+    # ------------------------------------------------------------------ the stream
 
     async def serve(
-        self, requests: AsyncIterator[pb.SessionRequest]
-    ) -> AsyncGenerator[pb.SessionResponse, None]:
+        self, requests: AsyncIterator[Request]
+    ) -> AsyncGenerator[pb.SessionResponse | bytes, None]:
         """Yield the answers to all requests, until they end or the session is closed."""
         if self._leaving is not None:  # replaced before it began
             return
         self._taking = asyncio.create_task(self._take(requests))
         try:
-            while (answer := await self._answers.get()) is not None:
-                yield answer
+            async for message in self._answers.messages():
+                yield message
         finally:
             await self.leave()
 
@@ -85,8 +95,8 @@ class SessionServer:
     async def _leave(self) -> None:
         if self._taking is not None:
             self._taking.cancel()
-        for read in self._reads:
-            read.cancel()
+        if self.job is not None:
+            self.job.leave(self)
         await asyncio.get_running_loop().run_in_executor(None, self._let_go)
         self._left.set()
         self.end()
@@ -99,186 +109,67 @@ class SessionServer:
 
     def end(self) -> None:
         """Close the stream after the answers that are ready."""
-        self._answers.put_nowait(None)
+        self._answers.end()
+
+    def notify(self, response: pb.SessionResponse | RowsAnswer) -> None:
+        """Send a response, from any thread; without a word if the session is over."""
+        if self._over:
+            return
+        if self.slots is not None and isinstance(response, pb.SessionResponse):
+            message = response.SerializeToString()
+            if self.slots.exchange.attached and len(message) <= MAX_PACKET_BYTES:
+                self.slots.exchange.post(message)
+                return
+        # A loop that was closed has no session left.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._answers.put, response)
 
     def _let_go(self) -> None:
         """Close what the connection had open; a client that comes back announces again."""
         self._worker.shutdown(cancel_futures=True)
-        self._readers.shutdown(cancel_futures=True)
-        for window in self._windows.values():
-            window.close()
-        self._windows.clear()
+        with self._turn:
+            self._over = True
         if self.slots is not None:
             self.slots.close()
+        self._requests.close()
 
-    async def _take(self, requests: AsyncIterator[pb.SessionRequest]) -> None:
-        loop = asyncio.get_running_loop()
+    async def _take(self, requests: AsyncIterator[Request]) -> None:
         try:
             async for request in requests:
-                if request.WhichOneof("request") == "read":
-                    self._start_read(request.id, request.read)
-                    continue
-                answer = await loop.run_in_executor(self._worker, self._handle, request)
-                self._answers.put_nowait(answer)
-                self._unpark()
+                await self._answers.wait_for_room()
+                await self._queue.enter(size_of(request))
+                self._worker.submit(self._work, request)
+            # No more come; those that did are answered first.
+            await self._loop.run_in_executor(self._worker, int)
         finally:
             self.end()
 
-    def _handle(self, request: pb.SessionRequest) -> pb.SessionResponse:
-        """One request on the session's thread. Never raises."""
-        kind = request.WhichOneof("request") or ""
-        handler = self._handlers.get(kind)
+    def _work(self, request: Request) -> None:
+        """One request that came through the stream, on the session's thread."""
+        with self._turn:
+            answer = self._requests.handle(request)
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._finish, size_of(request), answer)
+
+    def _take_direct(self, message: bytes) -> None:
+        """One request that came beside the slots, on the door's thread. Raises: ProtocolError."""
         try:
-            if handler is None:
-                raise ProtocolError(f"request {kind or 'without content'!r} is not expected here")
-            response = handler(getattr(request, kind))
-        except Exception as error:
-            response = failure(error)
-        response.id = request.id
-        return response
+            request = pb.SessionRequest.FromString(message)
+        except DecodeError as error:
+            raise ProtocolError(f"{len(message)} bytes that are no request: {error}") from error
+        with self._turn:
+            answer = None if self._over else self._requests.handle(request)
+        if answer is not None:
+            self.notify(answer)
 
-    # ------------------------------------------------------------------ reading
+    def _hung_up(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self.end)
 
-    def _start_read(self, number: int, read: pb.Read) -> None:
-        window = self._windows.get(read.window)
-        if window is not None and window.step is not None and window.step > self._store.step:
-            self._parked.append((number, read))
-            return
-        task = asyncio.create_task(self._read(number, read))
-        self._reads.add(task)
-        task.add_done_callback(self._reads.discard)
-
-    def _unpark(self) -> None:
-        """Start the reads whose step has come, or whose window is gone."""
-        parked, self._parked = self._parked, []
-        for number, read in parked:
-            self._start_read(number, read)
-
-    async def _read(self, number: int, read: pb.Read) -> None:
-        loop = asyncio.get_running_loop()
-        answer = await loop.run_in_executor(self._readers, self._rows, number, read)
-        self._answers.put_nowait(answer)
-
-    def _rows(self, number: int, read: pb.Read) -> pb.SessionResponse:
-        try:
-            window = self._window(read.window)
-            content = self._encode_rows(read.window, window, read.layer)
-            response = pb.SessionResponse(rows=content)
-        except Exception as error:
-            response = failure(error)
-        response.id = number
-        return response
-
-    def _encode_rows(self, number: int, window: StoreWindow, layer: int) -> pb.Rows:
-        """Rows as a message; with shared memory they were gathered where the trainer sees them."""
-        # Trainers ask ahead; what their model used, and left without a gradient, they check.
-        rows, inverse = window.fetch(layer)
-        content = pb.Rows(row_ids=wire.encode_array(window.row_ids(layer)))
-        if self.slots is None or not rows.size:
-            content.rows.CopyFrom(wire.encode_array(rows))
-            content.inverse.CopyFrom(wire.encode_array(inverse))
-            return content
-        buffer = self.slots.pool.take(inverse.nbytes)
-        self._inverses.setdefault(number, []).append(buffer)
-        shared = buffer[: inverse.nbytes].view(inverse.dtype).reshape(inverse.shape)
-        np.copyto(shared, inverse)
-        content.rows.CopyFrom(wire.encode_array(rows, self.slots.range_of(rows)))
-        content.inverse.CopyFrom(wire.encode_array(shared, self.slots.range_of(shared)))
-        return content
-
-    def _window(self, number: int) -> StoreWindow:
-        window = self._windows.get(number)
-        if window is None:
-            raise WindowClosedError(f"window {number} is not open; announce it again")
-        return window
-
-    # ------------------------------------------------------------------ requests that change
-
-    def _announce(self, request: pb.Announce) -> pb.SessionResponse:
-        if request.window in self._windows:
-            raise ProtocolError(f"window {request.window} is announced already")
-        if len(self._windows) >= MAX_OPEN_WINDOWS:
-            raise ProtocolError(
-                f"{MAX_OPEN_WINDOWS} windows are open; close or commit some before more"
-            )
-        if self.slots is not None:
-            self.slots.wait_until_fetched()
-        step = request.step if request.HasField("step") else None
-        if step is not None and not self.trains:
-            raise ProtocolError("this session only reads; connect with mode='train' to train")
-        self._windows[request.window] = self._store.announce(
-            wire.decode_array(request.tokens),
-            step,
-            context=_optional(request, "context"),
-            attention_mask=_optional(request, "attention_mask"),
-            slots=None if self.slots is None else self.slots.pool,
-        )
-        return pb.SessionResponse(announced=pb.Announced())
-
-    def _release(self, request: pb.Release) -> pb.SessionResponse:
-        window = self._windows.get(request.window)
-        if window is not None:
-            window.close()
-        self._forget_closed()
-        return pb.SessionResponse(released=pb.Released())
-
-    def _push(self, request: pb.Push) -> pb.SessionResponse:
-        read_slot = None if self.slots is None else self.slots.copy_of
-        gradients = wire.decode_array(request.gradients, read_slot)
-        self._window(request.window).push(request.layer, gradients)
-        return pb.SessionResponse(pushed=pb.Pushed())
-
-    def _gradient_norm(self, _request: pb.GradientNorm) -> pb.SessionResponse:
-        return pb.SessionResponse(norm=pb.Norm(value=self._store.gradient_norm()))
-
-    def _commit(self, request: pb.Commit) -> pb.SessionResponse:
-        if request.step < self._store.step and self._applied_before(request.step):
-            return pb.SessionResponse(applied=pb.Applied(step=request.step, repeated=True))
-        mark = Mark(session=self.session_id, epoch=self.epoch, step=request.step)
-        applied = self._store.commit(
-            request.step,
-            dict(request.rates),
-            gradient_scale=request.gradient_scale,
-            eps=request.eps if request.HasField("eps") else None,
-            betas=(request.beta1, request.beta2),
-            mark=mark,
-        )
-        self._forget_closed()
-        counts = pb.Applied(step=applied.step, rows=applied.rows, skipped_rows=applied.skipped_rows)
-        return pb.SessionResponse(applied=counts)
-
-    def _applied_before(self, step: int) -> bool:
-        """Whether an earlier connection of this session got this step applied."""
-        return any(m.session == self.session_id and m.step >= step for m in self._store.marks)
-
-    def _take_snapshot(self, _request: pb.TakeSnapshot) -> pb.SessionResponse:
-        ref = wire.encode_ref(self._store.snapshot())
-        return pb.SessionResponse(snapshot_taken=pb.SnapshotTaken(snapshot=ref))
-
-    def _restore(self, request: pb.Restore) -> pb.SessionResponse:
-        wanted = wire.decode_ref(request.snapshot)
-        # Without a digest it is a step that was asked for.
-        self._store.restore(wanted if wanted.digest else wanted.step)
-        self._forget_closed()
-        return pb.SessionResponse(restored=pb.Restored(step=self._store.step))
-
-    def _forget_closed(self) -> None:
-        closed = [number for number, window in self._windows.items() if window.closed]
-        for number in closed:
-            del self._windows[number]
-            for buffer in self._inverses.pop(number, []):
-                assert self.slots is not None
-                self.slots.pool.give_back(buffer)
-
-
-def _optional(request: pb.Announce, name: str) -> Any:
-    return wire.decode_array(getattr(request, name)) if request.HasField(name) else None
-
-
-def failure(error: Exception) -> pb.SessionResponse:
-    """The answer to a request that failed."""
-    if isinstance(error, EngramStoreError):
-        return pb.SessionResponse(failure=wire.encode_error(error))
-    _logger.exception("a request failed", exc_info=error)
-    unexpected = EngramStoreError(f"internal error in the store ({error!r}); its log has more")
-    return pb.SessionResponse(failure=wire.encode_error(unexpected))
+    def _finish(self, size: int, answer: pb.SessionResponse | None) -> None:
+        self._queue.leave(size)
+        if answer is not None:
+            self._answers.put(answer)
+            if answer.HasField("farewell"):
+                self._answers.drop_rows()
+                self.end()

@@ -12,36 +12,33 @@ import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engram_store import slots
 from engram_store.engine.lookup import SlotPool
-from engram_store.errors import ProtocolError, SharedMemoryFullError
-from engram_store.v1 import store_pb2 as pb
+from engram_store.errors import CapacityError, ProtocolError
 
-MAX_SLOT_BYTES = 4 << 30
-"""Shared memory of one session, so that a greedy one cannot starve the others."""
 _ATTACH_SECONDS = 10.0
-_ARRIVAL_SECONDS = 2.0
 _logger = logging.getLogger(__name__)
 
 
 class SessionSlots:
-    """Shared memory of one session; used by streams, readers and the door's thread."""
+    """Shared memory of one session; used by streams, readers and the door's thread.
 
-    def __init__(self) -> None:
+    Args:
+        limit_bytes: of each direction.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
         self.token = os.urandom(slots.TOKEN_BYTES)
-        self.pool = SlotPool(self._allocate)
-        self._attached = threading.Event()
-        self._channel: socket.socket | None = None
+        self.exchange = slots.SlotExchange(limit_bytes)
+        self.on_end: Callable[[], None] = lambda: None
+        """Called when the trainer has hung up."""
+        self.pool = SlotPool(self._allocate, self.exchange.fill)
+        self._limit_bytes = limit_bytes
         self._lock = threading.Lock()
-        self._ours: dict[int, slots.Slot] = {}
-        """By address of their first byte."""
-        self._theirs: dict[int, slots.Slot] = {}
-        self._arrived = threading.Condition()
         self._used_bytes = 0
 
     def wait_until_fetched(self) -> None:
@@ -50,79 +47,46 @@ class SessionSlots:
         Raises:
             ProtocolError: it did not. Nobody else has waited for it.
         """
-        if not self._attached.wait(_ATTACH_SECONDS):
+        if not self.exchange.wait_attached(_ATTACH_SECONDS):
             raise ProtocolError("the trainer asked for shared memory and never fetched it")
 
     def _allocate(self, length: int) -> NDArray[np.uint8]:
-        """A new slot's memory; the trainer has it before any message names it."""
+        """Raises: SharedMemoryFullError, ProtocolError."""
         with self._lock:
-            if self._used_bytes + length > MAX_SLOT_BYTES:
-                left = MAX_SLOT_BYTES - self._used_bytes
-                raise SharedMemoryFullError(length, left, "the session's limit")
-            slot, fd = _make(len(self._ours) + 1, length)
+            if self._used_bytes + length > self._limit_bytes:
+                raise CapacityError(
+                    errno.ENOSPC,
+                    f"the session's slots hold {self._used_bytes:,} of {self._limit_bytes:,} "
+                    f"bytes, {length:,} more are needed; close windows, or raise session_bytes",
+                )
             try:
-                assert self._channel is not None
-                slots.send_slot(self._channel, slot.number, length, fd)
+                memory = self.exchange.allocate(length)
             except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.ENOMEM):
+                    raise CapacityError(
+                        errno.ENOSPC,
+                        f"there is no memory for a slot of {length:,} bytes; raise the memory "
+                        "limit, or announce windows of fewer tokens",
+                    ) from error
                 raise ProtocolError("the trainer let go of its shared memory") from error
-            finally:
-                os.close(fd)
             self._used_bytes += length
-            self._ours[slot.bytes.ctypes.data] = slot
-            return slot.bytes
-
-    def range_of(self, array: NDArray[Any]) -> pb.SlotRange:
-        """Where an array that lies at the start of a slot is."""
-        slot = self._ours[array.ctypes.data]
-        return pb.SlotRange(slot=slot.number, length=array.nbytes)
-
-    def copy_of(self, wanted: pb.SlotRange) -> NDArray[np.uint8]:
-        """The bytes of a range of the trainer's memory, copied before anybody looks at them.
-
-        Raises:
-            ProtocolError: the slot was never sent, or is shorter.
-        """
-        # A message may be faster than the slot it speaks of, which was sent before it.
-        with self._arrived:
-            self._arrived.wait_for(lambda: wanted.slot in self._theirs, _ARRIVAL_SECONDS)
-            slot = self._theirs.get(wanted.slot)
-        if slot is None or wanted.offset + wanted.length > slot.bytes.size:
-            size = "which was never sent" if slot is None else f"of {slot.bytes.size} bytes"
-            raise ProtocolError(
-                f"{wanted.length} bytes at {wanted.offset} of slot {wanted.slot}, {size}"
-            )
-        return slot.bytes[wanted.offset : wanted.offset + wanted.length].copy()
+            return memory
 
     def serve(self, channel: socket.socket) -> None:
-        """Send and receive slots until the trainer hangs up. Runs on the door's thread."""
-        self._channel = channel
-        self._attached.set()
-        received = 0
-        while (slot := slots.receive_slot(channel)) is not None:
-            received += slot.bytes.size
-            if received > MAX_SLOT_BYTES:
-                raise ProtocolError(f"more than {MAX_SLOT_BYTES} bytes of slots from one session")
-            with self._arrived:
-                self._theirs[slot.number] = slot
-                self._arrived.notify_all()
+        """Take slots and messages until the trainer hangs up. On a thread of the door.
+
+        Raises:
+            ProtocolError, OSError: it sends something else.
+        """
+        try:
+            self.exchange.attach(channel)
+            self.exchange.receive()
+        finally:
+            self.on_end()
 
     def close(self) -> None:
-        """Hang up and forget everything."""
-        self._attached.set()
-        if self._channel is not None:
-            with contextlib.suppress(OSError):
-                self._channel.shutdown(socket.SHUT_RDWR)
-        self._ours.clear()
-        self._theirs.clear()
-
-
-def _make(number: int, length: int) -> tuple[slots.Slot, int]:
-    try:
-        return slots.make_slot(number, length)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.ENOMEM):
-            raise SharedMemoryFullError(length, 0, "shared memory") from error
-        raise
+        """Hang up."""
+        self.exchange.close()
 
 
 class SlotDoor:

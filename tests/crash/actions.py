@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from engram_store.engine import Engine
 from engram_store.session import Session
 from engram_store.store import Store
 
@@ -12,7 +13,7 @@ class Action(NamedTuple):
     """One thing a trainer does."""
 
     kind: str
-    """'step', 'snapshot', 'fold' or 'restore'."""
+    """'step', 'snapshot', 'merge', 'fold' or 'restore'."""
     number: int = 0
     """Of the step, or of the snapshot to go back to."""
     seed: int = 0
@@ -28,24 +29,30 @@ RUN = [
     *steps(0, 5),
     Action("snapshot", 5),
     *steps(5, 9),
+    Action("merge"),
     Action("fold"),
     *steps(9, 11),
     Action("restore", 5),
     *steps(5, 9, seed=1),
     Action("snapshot", 9),
+    Action("merge"),
     Action("fold"),
     *steps(9, 11, seed=1),
 ]
-"""With the least overlay every third step seals; folds are explicit."""
+"""With the least overlay every third step seals; folds and merges are explicit."""
 
 
 def do(session: Session, action: Action) -> None:
-    """Do one action; the oracle has nothing to fold."""
+    """Do one action; the oracle has nothing to fold or merge."""
     match action.kind:
         case "step":
             _train(session, action)
         case "snapshot":
             session.snapshot()
+        case "merge":
+            if isinstance(session, Store):
+                assert isinstance(session._engine, Engine)
+                session._engine.merge()
         case "fold":
             if isinstance(session, Store):
                 session.fold()

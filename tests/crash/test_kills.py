@@ -4,11 +4,10 @@ Real processes and a real SIGKILL. The oracle does the same actions in numpy: wh
 a kill must be its tables after the last acknowledged action, or after the one under way.
 """
 
-import json
+import random
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,21 +19,11 @@ from engram_store.engine.memtable import _IDENTITY
 from engram_store.engine.recovery import RecoveryKind, RecoveryReport
 from engram_store.errors import SharedMemoryFullError
 from engram_store.recipes import Recipe
-from engram_store.store import Store
 from engram_store.testing import MemorySession
 from tests.crash.actions import RUN, Action, do, steps
-from tests.pairs import (
-    INITIAL,
-    MakeStore,
-    assert_same_tables,
-    make_oracle,
-    memtable_directory,
-    specs_of,
-    tiny_overlay_bytes,
-)
+from tests.crash.killing import KILLED, Crash, Told, other_boot, read_told
+from tests.pairs import MakeStore, assert_same_tables
 
-TRAINER = Path(__file__).with_name("trainer.py")
-KILLED = -9
 HITS = {
     "commit.computed": (1, 4, 9),
     "commit.published": (1, 6, 12),
@@ -48,85 +37,13 @@ HITS = {
     "fold.base_written": (1, 2),
     "fold.published": (1, 3),
     "fold.swapped": (1, 4),
+    "merge.segment_written": (1, 4),
+    "merge.published": (1, 3),
+    "merge.swapped": (1, 4),
     "restore.published": (1,),
     "restore.snapshots_dropped": (1,),
 }
 """The times at which the store is killed at each point."""
-
-
-class Crash:
-    """A store whose trainer is killed, and what it had acknowledged."""
-
-    def __init__(self, path: Path, recipe: Recipe) -> None:
-        self.path, self.recipe = path, recipe
-        self.overlay_bytes = tiny_overlay_bytes(specs_of(recipe))
-        self.store_id = engram_store.inspect(path).metadata.store_id
-        self.memtable_dir: Path | None = None
-
-    @property
-    def shared_memory(self) -> Path:
-        return memtable_directory(self.path, self.store_id)
-
-    def start(
-        self,
-        actions: Sequence[Action],
-        *,
-        kill: tuple[str, int] | None = None,
-        kill_after: str | None = None,
-    ) -> "subprocess.Popen[bytes]":
-        plan = {
-            "overlay_bytes": self.overlay_bytes,
-            "actions": actions,
-            "kill": kill,
-            "kill_after": kill_after,
-            "memtable_dir": self.memtable_dir and str(self.memtable_dir),
-        }
-        command = [sys.executable, str(TRAINER), str(self.path), json.dumps(plan)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE)
-
-    def run(
-        self,
-        actions: Sequence[Action],
-        *,
-        kill: tuple[str, int] | None = None,
-        kill_after: str | None = None,
-    ) -> int:
-        """Run until the kill; returns how many actions were acknowledged."""
-        with self.start(actions, kill=kill, kill_after=kill_after) as process:
-            lines = process.communicate()[0].split()
-        assert process.returncode == KILLED, "the point was never reached"
-        return len(lines) - 1
-
-    def open(self) -> Store:
-        return engram_store.open(self.path, "train", overlay_bytes=self.overlay_bytes)
-
-    def oracle_after(self, actions: Sequence[Action]) -> MemorySession:
-        oracle: MemorySession = make_oracle(self.recipe, INITIAL)
-        oracle.snapshot()
-        for action in actions:
-            do(oracle, action)
-        return oracle
-
-    def check(self, actions: Sequence[Action], acknowledged: int) -> RecoveryReport:
-        """Reopen, compare with the oracle, finish the run, compare again."""
-        oracle = self.oracle_after(actions[:acknowledged])
-        with self.open() as store:
-            report = store.recovery
-            assert report is not None
-            assert report.step == store.step
-            remaining = list(actions[acknowledged:])
-            if remaining and store.step != oracle.step:
-                do(oracle, remaining.pop(0))
-            assert store.step == oracle.step
-            assert_same_tables(store, oracle)
-            for action in [*remaining, *steps(11, 13)]:
-                do(store, action)
-                do(oracle, action)
-            assert_same_tables(store, oracle)
-        with self.open() as store:
-            assert store.recovery == RecoveryReport(RecoveryKind.CLEAN, oracle.step, 0)
-            assert_same_tables(store, oracle)
-        return report
 
 
 @pytest.fixture
@@ -207,6 +124,116 @@ def test_a_recovery_that_cannot_open_the_store_loses_nothing(crash: Crash) -> No
     crash.check(RUN, acknowledged)
 
 
+MODES = ("snapshot", "step", "group(5)")
+
+
+@pytest.fixture
+def make_crash(make_store: MakeStore, recipe: Recipe) -> Callable[[str], Crash]:
+    return lambda durability: Crash(make_store(), recipe, durability)
+
+
+@pytest.mark.parametrize("durability", MODES[1:])
+@pytest.mark.parametrize("point", HITS)
+def test_a_kill_at_any_point_loses_nothing_in_other_modes_either(
+    make_crash: Callable[[str], Crash], point: str, durability: str
+) -> None:
+    """With a journal beside the memtables, which is not what is continued from."""
+    crash = make_crash(durability)
+    acknowledged = crash.run(RUN, kill=(point, HITS[point][len(HITS[point]) // 2]))
+
+    assert crash.check(RUN, acknowledged).kind is not RecoveryKind.ROLLED_BACK
+
+
+def kill_at_random(crash: Crash, seconds: float) -> Told:
+    """Kill the trainer so long after its store is open, or later."""
+    with crash.start(RUN) as process:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        assert first == b"open\n"
+        timer = threading.Timer(seconds, process.kill)
+        timer.start()
+        rest = process.stdout.read()
+        process.wait()
+        timer.cancel()
+    return read_told(first + rest)
+
+
+def check_random_kills(
+    make_store: MakeStore, recipe: Recipe, durability: str, times: int, *, lose_host: bool
+) -> None:
+    """Many stores, each killed once; every other way to lose the host in turn."""
+    rng = random.Random(f"{durability} {lose_host}")
+    for number in range(times):
+        crash = Crash(make_store(f"{number}"), recipe, durability)
+        told = kill_at_random(crash, rng.uniform(0, 0.5))
+        shared = crash.shared_memory
+        if not shared.exists():  # it had closed the store already
+            assert told.ended
+        elif not lose_host:
+            assert crash.check(RUN, told.actions).kind is not RecoveryKind.ROLLED_BACK
+        else:
+            if number % 2:
+                crash.change_memtables()
+            else:
+                shutil.rmtree(shared)
+            crash.check_lost(RUN, told)
+        shutil.rmtree(crash.path)
+
+
+@pytest.mark.parametrize("durability", MODES)
+@pytest.mark.parametrize("lose_host", [False, True], ids=["kill", "host lost"])
+def test_a_kill_at_a_random_time(
+    make_store: MakeStore, recipe: Recipe, durability: str, *, lose_host: bool
+) -> None:
+    """Nothing is lost with the process, and nothing that was durable with the host."""
+    check_random_kills(make_store, recipe, durability, 2, lose_host=lose_host)
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("durability", MODES)
+@pytest.mark.parametrize("lose_host", [False, True], ids=["kill", "host lost"])
+def test_kills_at_many_random_times(
+    make_store: MakeStore, recipe: Recipe, durability: str, *, lose_host: bool
+) -> None:
+    check_random_kills(make_store, recipe, durability, 200, lose_host=lose_host)
+
+
+LOST = ("commit.computed", "commit.published", "seal.published", "fold.published")
+"""Points at which the host is lost too: before and after a record, and between files."""
+
+
+def check_host_lost_at(crash: Crash, point: str, hit: int, *, changed: bool) -> None:
+    told = crash.run_until_killed(RUN, kill=(point, hit))
+    if changed:
+        crash.change_memtables()
+    else:
+        shutil.rmtree(crash.shared_memory)
+    crash.check_lost(RUN, told)
+
+
+@pytest.mark.parametrize("durability", MODES)
+@pytest.mark.parametrize("point", LOST)
+def test_a_host_lost_at_a_point_loses_no_durable_step(
+    make_crash: Callable[[str], Crash], point: str, durability: str
+) -> None:
+    """Exactly the newest snapshot without a journal, and at least the durable step with one."""
+    changed = durability == "group(5)"
+    check_host_lost_at(make_crash(durability), point, HITS[point][-1], changed=changed)
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("changed", [False, True], ids=["no memory", "other boot"])
+@pytest.mark.parametrize("durability", MODES)
+@pytest.mark.parametrize(
+    ("point", "hit"), [(point, hit) for point, hits in HITS.items() for hit in hits]
+)
+def test_a_host_lost_at_any_point_loses_no_durable_step(
+    make_crash: Callable[[str], Crash], point: str, hit: int, durability: str, *, changed: bool
+) -> None:
+    check_host_lost_at(make_crash(durability), point, hit, changed=changed)
+
+
 def killed_after_a_snapshot(crash: Crash) -> MemorySession:
     """Killed in step 10, sealed up to a later step than the newest snapshot; its oracle."""
     crash.run(RUN, kill=("commit.published", 11))
@@ -243,11 +270,6 @@ def test_a_lost_host_is_reported_even_when_nothing_was_sealed_since_the_snapshot
 
 
 Spoil = Callable[[bytearray], None]
-
-
-def other_boot(data: bytearray) -> None:
-    offset = _IDENTITY.fields["boot_id"][1]  # type: ignore[index]
-    data[offset : offset + 8] = b"deadbeef"
 
 
 def other_lineage(data: bytearray) -> None:

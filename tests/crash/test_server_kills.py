@@ -32,6 +32,7 @@ from tests.pairs import (
     specs_of,
     tiny_overlay_bytes,
 )
+from tests.ranks import Plan
 
 SERVER = Path(__file__).with_name("server.py")
 KILLED = -9
@@ -49,6 +50,7 @@ class StoreKeeper:
         self._plan = {"socket": str(socket), "overlay_bytes": overlay_bytes}
         self._plans: Iterator[Kill] = iter(())
         self._loses_memory = self._stopping = False
+        self._ready, self._changed = -1, threading.Condition()
         self._thread: threading.Thread | None = None
 
     def start(self, kills: Sequence[Kill] = ()) -> None:
@@ -67,6 +69,14 @@ class StoreKeeper:
         ready = self._process.stdout.readline().startswith(b"engram-store: serving")
         # Opening the store seals what it finds in shared memory, and may be killed there.
         assert ready or self._process.wait() == KILLED
+        with self._changed:
+            self._ready = self.deaths
+            self._changed.notify_all()
+
+    def wait_ready(self, deaths: int, seconds: float) -> bool:
+        """Wait for the process after so many deaths; whether it serves."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._ready >= deaths, seconds)
 
     def _keep(self) -> None:
         while self._process.wait() == KILLED and not self._stopping:
@@ -172,6 +182,50 @@ def test_a_store_killed_between_requests_is_one_that_takes_longer(
 
         assert keeper.deaths == len(kills)
         check_tables(pair, keeper)
+
+
+def test_twenty_kills_at_random_moments_change_nothing(keeper: StoreKeeper, recipe: Recipe) -> None:
+    """One training through all of them, one that was never disturbed beside it."""
+    keeper.start()
+    delays = np.random.default_rng(20).uniform(0, 0.25, 20)
+
+    def kill_again_and_again() -> None:
+        for number, delay in enumerate(delays):
+            assert keeper.wait_ready(number, SECONDS)
+            threading.Event().wait(delay)
+            keeper.kill()
+
+    killer = threading.Thread(target=kill_again_and_again)
+    with connect(keeper.address) as session:
+        pair = Pair(session, make_oracle(recipe, INITIAL))
+        killer.start()
+        while killer.is_alive() or keeper.deaths < len(delays):
+            train(pair, 2, keeper)
+        train(pair, 2, keeper)
+
+        assert keeper.deaths == len(delays)
+        check_tables(pair, keeper)
+
+
+@pytest.mark.parametrize("moment", ["commit.computed", "commit.published"])
+def test_two_ranks_survive_what_one_survives(
+    keeper: StoreKeeper, recipe: Recipe, moment: str
+) -> None:
+    """Killed while it applies a step of both, and between their commits."""
+    keeper.start([(moment, 2), (moment, 1)])
+    plan = Plan(ranks=2, steps=8)
+
+    def kill_before_rank_one(rank: int, step: int) -> float:
+        if (rank, step) == (1, 5):
+            keeper.kill()
+        return 0.02 * rank
+
+    plan.train_together(keeper.address, kill_before_rank_one)
+    keeper.stop()
+
+    assert keeper.deaths == 3
+    with engram_store.open(keeper.path, "train") as store:
+        assert_same_tables(store, plan.oracle(lambda: make_oracle(recipe, INITIAL)))
 
 
 def test_a_store_killed_while_it_goes_back_has_gone_back(

@@ -1,9 +1,9 @@
 """A trainer that is killed: does what the test planned and says so after every action.
 
-Run as `python trainer.py STORE PLAN`, where PLAN is JSON: {"overlay_bytes",
+Run as `python trainer.py STORE PLAN`, where PLAN is JSON: {"overlay_bytes", "durability",
 "memtable_dir" or null, "actions" (see `actions.py`'s `Action`), "kill": [failpoint, hit] or null,
-"kill_after": a method of the catalog or null}. Each action that came back is one line on stdout,
-written without a buffer.
+"kill_after": a method of the catalog or null, "syncs": false for a trainer that does without}. Each
+action that came back is one line on stdout, written without a buffer: the step, the durable step.
 """
 
 import json
@@ -35,6 +35,8 @@ def main(path: str, plan: dict[str, Any]) -> None:
     if plan["kill"]:
         name, hit = plan["kill"]
         failpoints.arm(name, failpoints.kill, hit=hit)
+    if not plan["syncs"]:
+        os.fdatasync = os.fsync = lambda fd: None
     if plan["kill_after"]:
         kill_after(plan["kill_after"])
     store = engram_store.open(
@@ -42,12 +44,13 @@ def main(path: str, plan: dict[str, Any]) -> None:
         "train",
         overlay_bytes=plan["overlay_bytes"],
         memtable_dir=plan["memtable_dir"],
+        durability=plan["durability"],
         fold_ratio=100,
     )
     os.write(1, b"open\n")
     for kind, number, seed in plan["actions"]:
         do(store, Action(kind, number, seed))
-        os.write(1, b"%d\n" % store.step)
+        os.write(1, b"%d %d\n" % (store.step, store.durable_step))
     os.write(1, b"end\n")
     store.close()
 

@@ -44,6 +44,10 @@ class StoreProcess:
         self.step, self.socket, self.tcp = int(ready[2]), Path(ready[3]), ready[4]
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def running(self) -> bool:
         return self._process.poll() is None
 

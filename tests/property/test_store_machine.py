@@ -1,18 +1,23 @@
 """Any order of calls: a store equals its oracle after every one of them."""
 
+import errno
 import shutil
 import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import engram_store
+from engram_store.engine import Engine
+from engram_store.engine.recovery import RecoveryKind
+from engram_store.errors import DiskFullError, DuplicateStepError, StepGapError
 from engram_store.recipes import Recipe, engram
 from engram_store.session import SnapshotRef
-from engram_store.testing import MemorySession
+from engram_store.testing import FaultyDisk, MemorySession
 from tests.pairs import (
     INITIAL,
     Pair,
@@ -49,9 +54,11 @@ class StoreMachine(RuleBasedStateMachine):
         optimizer=st.sampled_from(["sgd", "rowwise_adagrad", "adam"]),
         seed=st.integers(0, 99),
         zeros=st.booleans(),
+        durability=st.sampled_from(["snapshot", "step"]),
     )
-    def create(self, dtype: str, optimizer: str, seed: int, zeros: bool) -> None:
+    def create(self, dtype: str, optimizer: str, seed: int, zeros: bool, durability: str) -> None:
         self.settings = {"dtype": dtype, "optimizer": optimizer}
+        self.durability = durability
         initial = None if zeros else INITIAL
         engram_store.create(self.path, RECIPE, dim=16, initial=initial, **self.settings)  # type: ignore[arg-type]
         oracle: MemorySession = make_oracle(RECIPE, initial, **self.settings)
@@ -60,8 +67,15 @@ class StoreMachine(RuleBasedStateMachine):
         self.store_id = self.pair.store.store_id
 
     def open(self) -> engram_store.Session:
-        size = tiny_overlay_bytes(specs_of(RECIPE, **self.settings))
-        return engram_store.open(self.path, "train", overlay_bytes=size, fold_ratio=0.3)
+        self.disk = FaultyDisk()
+        return engram_store.open(
+            self.path,
+            "train",
+            overlay_bytes=tiny_overlay_bytes(specs_of(RECIPE, **self.settings)),
+            fold_ratio=0.3,
+            durability=self.durability,
+            disk=self.disk,
+        )
 
     @property
     def both(self) -> Pair:
@@ -136,6 +150,70 @@ class StoreMachine(RuleBasedStateMachine):
             window.oracle.close()
         self.windows = []
         self.both.session = self.open()
+
+    def die(self) -> None:
+        """What a killed process leaves: no seal, no snapshot, memtables as they are.
+
+        Kills in the middle of something are in tests/crash.
+        """
+        engine = self.both.store._engine
+        assert isinstance(engine, Engine)
+        engine._let_go()
+        engine._close_memtables()
+        engine._lock.release()
+        for window in self.windows:
+            window.oracle.close()
+        self.windows = []
+
+    def come_back(self, kind: RecoveryKind) -> None:
+        self.both.session = self.open()
+        assert self.both.store.recovery is not None
+        assert self.both.store.recovery.kind is kind
+        # What is taken over becomes a snapshot; after going back there is one already.
+        self.both.oracle.snapshot()
+
+    @rule()
+    def kill(self) -> None:
+        self.die()
+        self.come_back(RecoveryKind.RECOVERED)
+
+    @rule()
+    def lose_the_host(self) -> None:
+        """Shared memory is gone: the newest snapshot, or every step where they are journaled."""
+        self.die()
+        shutil.rmtree(memtable_directory(self.path, self.store_id))
+        if self.durability == "step":
+            self.come_back(RecoveryKind.REPLAYED)
+            return
+        newest = max(self.both.oracle._snapshots)
+        self.both.oracle.restore(newest)
+        self.refs = {known: ref for known, ref in self.refs.items() if known <= newest}
+        self.come_back(RecoveryKind.ROLLED_BACK)
+
+    @rule()
+    def commit_out_of_order(self) -> None:
+        """A step again, and one too early: refused with the number that is expected."""
+        step = self.both.step
+        with pytest.raises(StepGapError, match=str(step)):
+            self.both.session.commit(step + 1, 0.1)
+        if step:
+            with pytest.raises(DuplicateStepError, match=str(step)):
+                self.both.session.commit(step - 1, 0.1)
+
+    @rule(at=st.integers(1, 12))
+    def snapshot_on_a_full_disk(self, at: int) -> None:
+        """It is there as a whole, or not at all; training goes on when there is space."""
+        before = self.both.store.snapshots()
+        self.disk.fail(errno.ENOSPC, at, forever=True)
+        try:
+            ref = self.both.session.snapshot()
+        except DiskFullError:
+            assert self.both.store.snapshots() == before
+        else:
+            self.both.oracle.snapshot()
+            assert self.refs.setdefault(ref.step, ref) == ref
+        finally:
+            self.disk.heal()
 
     @rule(pick=st.integers(0, 9))
     def read_a_snapshot(self, pick: int) -> None:

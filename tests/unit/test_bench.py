@@ -37,7 +37,8 @@ def place(directory: Path) -> Iterator[Workplace]:
 def check_json(report: Report) -> dict[str, Any]:
     """The keys that readers of a result rely on."""
     data: dict[str, Any] = json.loads(json.dumps(report.to_json()))
-    assert set(data) == {"bench", "machine", "workload", "results", "targets", "notes"}
+    parts = {"bench", "machine", "workload", "results", "quantities", "targets", "notes"}
+    assert set(data) == parts
     machine = {"cpu", "cores", "memory_bytes", "kernel", "python", "versions", "load_average"}
     assert set(data["machine"]) == machine
     names = [result["name"] for result in data["results"]]
@@ -168,10 +169,12 @@ def test_cases_take_turns_and_see_all_batches() -> None:
 
 
 def test_target_tells_what_was_not_measured() -> None:
-    """Without a reference a target is neither met nor missed."""
+    """Without a measurement a target is neither met nor missed."""
     assert Target.times_faster("x", 5, None).met is None
     assert Target.times_faster("x", 5, 5.0).met is True
     assert Target.at_most("x", 5, 5.1).met is False
+    assert Target.at_least("x", 5, 5.1, "GB/s").met is True
+    assert Target.at_least("x", 5, None, "GB/s").met is None
 
 
 def test_ratio_is_own_time_over_the_reference() -> None:

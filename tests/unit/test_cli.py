@@ -128,6 +128,20 @@ def test_the_padding_token_comes_from_the_tokenizer(
     assert "--pad-id" in capsys.readouterr().err
 
 
+def test_a_file_at_which_the_tokenizers_library_panics_is_bad_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its panic is no Exception; merges that make a token out of the vocabulary cause one."""
+    file = tmp_path / "tokenizer.json"
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]}
+    file.write_text(json.dumps({"model": model}))
+
+    assert run("create", tmp_path / "x", *ENGRAM, "--tokenizer", file) == 2
+
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "cannot be read as a tokenizer.json" in said
+
+
 def test_snapshots_can_be_listed_gone_back_to_and_folded(
     store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,8 +153,8 @@ def test_snapshots_can_be_listed_gone_back_to_and_folded(
         opened.commit(0, lr=0.1)
     capsys.readouterr()
 
-    assert run("snapshots", store) == 0
-    assert capsys.readouterr().out.split() == ["0", "1"]
+    assert run("snapshots", store, "--json") == 0
+    assert [entry["step"] for entry in json.loads(capsys.readouterr().out)] == [0, 1]
     assert run("fold", store) == 0
     assert engram_store.inspect(store).tables[1].generation == 2
     assert run("restore", store, 0) == 0
@@ -159,6 +173,11 @@ def test_snapshots_can_be_listed_gone_back_to_and_folded(
         (("create", "x", *ENGRAM, "--tokenizer", "absent.json"), 2, "--tokenizer"),
         (("create", "x", "--recipe", "deepseek-v4.1", *ENGRAM[2:], "--seed", "1"), 2, "--seed"),
         (("create", "x", "--recipe", "deepseek-v4.1", *ENGRAM[2:], "--orders", "2,4"), 2, "gaps"),
+        (
+            ("create", "x", "--recipe", "deepseek-v4.1", *ENGRAM[2:], "--orders", "2,99999999999"),
+            2,
+            "gaps",
+        ),
         (("create", "x", "--recipe", "qwen3.8-ple", *ENGRAM[4:]), 2, "--pad-id"),
         (("frobnicate",), 2, "frobnicate"),
         (("bench", "window", "--tokens", "1"), 2, "tokens"),

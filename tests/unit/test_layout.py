@@ -3,6 +3,8 @@
 import hashlib
 import json
 import struct
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ import engram_store
 from engram_store.engine.memtable import Commit, Memtable, boot_id
 from engram_store.layout import arrays, checksums
 from engram_store.layout.create import create_store, table_specs
+from engram_store.layout.disk import Disk
 from engram_store.layout.documents import canonical, encode_document, read_document
-from engram_store.layout.files import WriteCounter, allocated_bytes
-from engram_store.layout.manifest import Mark, read_manifest
+from engram_store.layout.files import allocated_bytes
+from engram_store.layout.manifest import Mark, read_manifest, write_current, write_snapshot
 from engram_store.layout.paths import StorePaths
 from engram_store.layout.segments import open_segment, read_segment_checksums, write_segment
 from engram_store.recipes import Family, LayerHash, Recipe
@@ -39,6 +42,23 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def newest_base(path: Path, layer: int) -> Path:
     return sorted((path / "layers" / str(layer) / "base").glob("g*"))[-1]
+
+
+def seal_bases_again(path: Path, tables: Mapping[int, TableSpec]) -> None:
+    """Give the changed rows of a closed store's base the checksums that they have now."""
+    paths, disk = StorePaths(path), Disk()
+    manifest, _ = read_manifest(paths)
+    for layer, spec in tables.items():
+        files = manifest.table(layer)
+        base = arrays.read_base_description(paths, spec, files.generation, files.base_digest)
+        chunk = np.fromfile(newest_base(path, layer) / "rows" / "c" / "0" / "0", np.uint8)
+        identity = arrays.chunk_identity(manifest.store_id, layer, "rows", 0)
+        sums = {**base.checksums, "rows": {0: checksums.block_checksums(chunk, identity)}}
+        described = arrays.BaseDescription(checksums=sums)
+        digest = arrays.write_base_description(paths, spec, files.generation, described, disk)
+        manifest = manifest.with_table(replace(files, base_digest=digest))
+    write_current(paths, manifest, disk)
+    write_snapshot(paths, manifest, disk)
 
 
 def array_names(spec: TableSpec) -> list[str]:
@@ -121,7 +141,7 @@ def test_unchanged_chunks_are_hard_links_after_a_fold(make_pair: MakePair) -> No
 
 
 def test_rows_beyond_the_end_of_a_table_survive_a_fold(make_pair: MakePair) -> None:
-    """Zarr pads the last chunk; what another tool wrote there is carried along."""
+    """Zarr pads the last chunk; what another tool wrote there, and sealed, is carried along."""
     pair = make_pair(dtype="float32", optimizer="sgd")
     pair.store.close()
     padding = {}
@@ -132,6 +152,7 @@ def test_rows_beyond_the_end_of_a_table_survive_a_fold(make_pair: MakePair) -> N
         data.tofile(chunk)
         padding[layer] = data[spec.rows :]
         assert len(padding[layer])
+    seal_bases_again(pair.path, pair.store.tables)
     with engram_store.open(pair.path, "train") as store:
         again = Pair(store, pair.oracle)
         again.train(2)
@@ -219,7 +240,7 @@ def test_a_segment_byte_by_byte(tmp_path: Path) -> None:
         5,
         3,
         {"row_ids": [ids], "rows": [rows], "state": [state]},
-        WriteCounter(),
+        Disk(),
     )
 
     directory = tmp_path / "layers" / "3" / "segments" / "000005"
@@ -245,7 +266,7 @@ def test_a_segment_byte_by_byte(tmp_path: Path) -> None:
         "number": 5,
         "slots": 3,
         "block_bytes": 65536,
-        "checksums": checksums.identity(files["checksums"]),
+        "checksums": checksums.content_checksum(files["checksums"]),
     }
     compact = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
     assert digest == hashlib.sha256(compact).hexdigest() == ref.digest
@@ -255,7 +276,7 @@ def test_a_segment_byte_by_byte(tmp_path: Path) -> None:
 def test_a_memtable_byte_by_byte(tmp_path: Path) -> None:
     """docs/format.md: identity, the selected commit record, page-aligned arrays."""
     path = tmp_path / "memtable-0"
-    memtable = Memtable(path, [SPEC], 4096)
+    memtable = Memtable(path, [SPEC], 4096, Disk())
     memtable.open_as(6, STORE_ID, 2, Commit(40, (0,), ()))
     memtable.tables[0].ids[:2] = [8, 1]
     memtable.tables[0].rows[0] = [0x1122, 0x3344]
@@ -265,10 +286,10 @@ def test_a_memtable_byte_by_byte(tmp_path: Path) -> None:
     data = path.read_bytes()
     memtable.close()
 
-    assert data[:8] == b"ENGRMEM1"
+    assert data[:8] == b"ENGRMEM2"
     assert data[8:40] == STORE_ID.encode()
     assert data[40:76] == boot_id().encode()
-    lineage, _layout, capacity, number = struct.unpack_from("<4Q", data, 76)
+    lineage, _layout, capacity, number = struct.unpack_from("<4Q", data, 80)
     assert (lineage, capacity, number) == (2, 4096, 6)
     # The second record is in force: publishing alternates between page 1 and page 2.
     assert struct.unpack_from("<Q", data, 512) == (2,)
@@ -292,7 +313,7 @@ def test_a_memtable_byte_by_byte(tmp_path: Path) -> None:
 
 def test_a_memtable_shows_the_commit_before_until_the_next_is_published(tmp_path: Path) -> None:
     """A record that was filled but not selected, or half filled, is not there."""
-    memtable = Memtable(tmp_path / "memtable-0", [SPEC], 4096)
+    memtable = Memtable(tmp_path / "memtable-0", [SPEC], 4096, Disk())
     memtable.open_as(1, STORE_ID, 1, Commit(0, (0,), ()))
     memtable.publish(Commit(1, (5,), ()))
     memtable.tables[0].ids[5:9] = 3
@@ -329,6 +350,7 @@ def test_a_snapshot_manifest_of_a_new_store(make_store: MakeStore) -> None:
     data = (path / "CURRENT.json").read_bytes()
     assert (path / "snapshots" / "000000000.json").read_bytes() == data
     body = json.loads(data)
+    assert list(body)[2:5] == ["store_id", "step", "made"]
     assert list(body)[:2] == ["engram_store", "format_version"]
     assert (body["engram_store"], body["step"], body["lineage"], body["sealed"]) == (
         "manifest",

@@ -40,8 +40,8 @@ from engram_store.errors import (
     UnknownLayerError,
     UnknownVersionError,
 )
-from engram_store.layout import files
 from engram_store.layout import manifest as manifests
+from engram_store.layout.disk import Disk
 from engram_store.layout.documents import digest_of
 from engram_store.recipes import Recipe, engram
 from engram_store.store import Store
@@ -595,25 +595,25 @@ def test_a_step_larger_than_a_memtable_says_what_would_hold_it(
         again.check()
 
 
-class Disk:
+class FullDisk:
     """A disk that can be filled and emptied behind the store's back."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.full = False
-        write_all = files._write_all
+        real = Disk.write
 
-        def write(fd: int, view: memoryview) -> None:
+        def write(disk: Disk, fd: int, data: memoryview, offset: int) -> int:
             if self.full:
-                os.write(fd, view[: len(view) // 2])
+                real(disk, fd, data[: len(data) // 2], offset)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            write_all(fd, view)
+            return real(disk, fd, data, offset)
 
-        monkeypatch.setattr(files, "_write_all", write)
+        monkeypatch.setattr(Disk, "write", write)
 
 
 @pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
-    return Disk(monkeypatch)
+def disk(monkeypatch: pytest.MonkeyPatch) -> FullDisk:
+    return FullDisk(monkeypatch)
 
 
 def fill_memtables(pair: Pair) -> None:
@@ -636,7 +636,9 @@ def busy(make_pair: MakePair, recipe: Recipe) -> Pair:
     return make_pair(options=options)
 
 
-def test_on_a_full_disk_reads_go_on_and_training_resumes_with_space(busy: Pair, disk: Disk) -> None:
+def test_on_a_full_disk_reads_go_on_and_training_resumes_with_space(
+    busy: Pair, disk: FullDisk
+) -> None:
     """The refused commit changed nothing and may simply be repeated."""
     busy.train(4)
     disk.full = True
@@ -658,7 +660,7 @@ def test_on_a_full_disk_reads_go_on_and_training_resumes_with_space(busy: Pair, 
     busy.snapshot()
 
 
-def test_a_snapshot_on_a_full_disk_is_none_and_works_later(busy: Pair, disk: Disk) -> None:
+def test_a_snapshot_on_a_full_disk_is_none_and_works_later(busy: Pair, disk: FullDisk) -> None:
     """No half snapshot is listed; the next one has the right rows."""
     busy.train(1)
     disk.full = True
@@ -673,7 +675,7 @@ def test_a_snapshot_on_a_full_disk_is_none_and_works_later(busy: Pair, disk: Dis
     busy.check()
 
 
-def test_a_fold_on_a_full_disk_leaves_the_tables_as_they_were(busy: Pair, disk: Disk) -> None:
+def test_a_fold_on_a_full_disk_leaves_the_tables_as_they_were(busy: Pair, disk: FullDisk) -> None:
     busy.train(6)
     busy.snapshot()
     before = files_of(busy.path)
@@ -691,7 +693,7 @@ def test_a_fold_on_a_full_disk_leaves_the_tables_as_they_were(busy: Pair, disk: 
 
 
 def test_a_store_closed_on_a_full_disk_keeps_its_rows_for_the_next_open(
-    busy: Pair, disk: Disk
+    busy: Pair, disk: FullDisk
 ) -> None:
     """In shared memory, as after a kill."""
     busy.train(3)
@@ -744,7 +746,9 @@ def test_a_seal_is_not_written_again_once_a_manifest_names_it(
     busy.check()
 
 
-def test_creating_on_a_full_disk_leaves_nothing(tmp_path: Path, recipe: Recipe, disk: Disk) -> None:
+def test_creating_on_a_full_disk_leaves_nothing(
+    tmp_path: Path, recipe: Recipe, disk: FullDisk
+) -> None:
     disk.full = True
     with pytest.raises(DiskFullError):
         engram_store.create(tmp_path / "a.engram", recipe, dim=16, initial=INITIAL)
@@ -845,7 +849,7 @@ def test_memtables_that_fit_nowhere_are_refused_before_the_disk_is_full(
     assert shutil.disk_usage(small_disk).free >= free - 64 * 1024
 
 
-def test_leftover_memtables_are_gone_after_recovery(make_pair: MakePair, disk: Disk) -> None:
+def test_leftover_memtables_are_gone_after_recovery(make_pair: MakePair, disk: FullDisk) -> None:
     """Whatever a store that died left in shared memory is taken over once and removed."""
     pair = make_pair()
     pair.train(1)

@@ -37,25 +37,35 @@ class DemoFiles:
 
     @property
     def store(self) -> Path:
-        """The store that is trained without interruption."""
+        """The store that is trained undisturbed."""
         return self.root / "memory.engram"
 
     @property
-    def killed_store(self) -> Path:
-        """The store whose trainer is killed."""
-        return self.root / "killed.engram"
+    def second_store(self) -> Path:
+        """The store that is trained again, with every interruption."""
+        return self.root / "second.engram"
 
     @property
     def checkpoint(self) -> Path:
-        """What the killed run left."""
+        """What the killed trainer left."""
         return self.root / "checkpoint"
 
     @property
     def resumed(self) -> Path:
-        """Checkpoint of the resumed run, at the step that is compared."""
+        """Checkpoint of the interrupted run, at the step that is compared."""
         return self.root / "resumed"
 
     @property
     def reference(self) -> Path:
-        """The same of the uninterrupted run."""
+        """The same of the undisturbed run."""
         return self.root / "reference"
+
+    @property
+    def sockets(self) -> Path:
+        """Directory of the store processes' sockets."""
+        return self.root / "run"
+
+    @property
+    def log(self) -> Path:
+        """Log lines of the store processes."""
+        return self.root / "store.log"

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from engram_store.cli.output import size_text
 from engram_store.stats import StoreStats
-from engram_store_client.demo.resume import Resumed
+from engram_store_client.demo.interrupt import Interrupted
 from engram_store_client.demo.tables import RowCount
 from engram_store_client.windows import Guards
 
@@ -34,11 +34,15 @@ class ArmResult:
     """One way to train the memory, and what came of it."""
 
     perplexities: Perplexities
+    transport: str
+    """How rows reached the trainer."""
     guards: Guards
     stats: StoreStats
     """After the last training step, evaluation not counted."""
     seconds: float
     """Of all training steps."""
+    wait_seconds: float
+    """Of those, spent in the trainer waiting for rows."""
     steps: int
     rows: RowCount = field(default=RowCount(0, 0))
 
@@ -50,16 +54,22 @@ class Report:
     base: Perplexities
     control: ArmResult
     engram: ArmResult
-    resumed: Resumed
+    interrupted: Interrupted
     phase_seconds: Mapping[str, float]
     seconds: float
 
     def failures(self) -> list[str]:
         """What a memory must do and this one did not."""
         found = []
-        if self.resumed.differences:
-            first = ", ".join(self.resumed.differences[:3])
-            found.append(f"the resumed run differs from the uninterrupted one: {first}")
+        run = self.interrupted
+        if run.differences:
+            first = ", ".join(run.differences[:3])
+            found.append(f"the interrupted run differs from the undisturbed one: {first}")
+        if run.found_step <= run.killed_after:
+            found.append(
+                f"steps were lost with their trainer: it had committed step {run.killed_after}, "
+                f"the store had {run.found_step} steps"
+            )
         if self.engram.perplexities.prose >= self.control.perplexities.prose:
             found.append("Engram is not better than its zero-table control")
         if not (self.engram.rows.changed and self.engram.guards.backward_calls):
@@ -74,7 +84,7 @@ class Report:
         return {
             **asdict(self),
             "engram_derived": {
-                "wait_ms_per_step": 1000 * stats.wait_seconds / stats.steps,
+                "wait_ms_per_step": 1000 * self.engram.wait_seconds / self.engram.steps,
                 "write_amplification": stats.write_amplification,
                 "overlay_hit_rate": {n: t.overlay_hit_rate for n, t in stats.tables.items()},
                 "resident_share": {n: t.resident_share for n, t in stats.tables.items()},
@@ -91,12 +101,14 @@ def print_report(report: Report) -> None:
     table.add_column("", no_wrap=True)
     for name in ("base", "zero-table control", "Engram"):
         table.add_column(name, justify="right")
-    for section in (_learned(report), _evidence(report), _cost(report.engram), _safety(report)):
+    sections = _learned(report), _evidence(report), _cost(report.engram)
+    for section in (*sections, _safety(report.interrupted)):
         for label, *cells in section:
             table.add_row(label, *cells)
         table.add_section()
     console.print(table)
     console.print(_HELP)
+    console.print(_verdict(report))
     console.print(f"Took {report.seconds:.0f} s.")
     for failure in report.failures():
         console.print(f"[red]failed:[/] {escape(failure)}")
@@ -127,8 +139,8 @@ def _cost(engram: ArmResult) -> Iterator[tuple[str, ...]]:
     stats, tables = engram.stats, engram.stats.tables.values()
     unique = sum(table.unique_rows for table in tables)
     cells = {
-        "waiting for rows, a step": f"{1000 * stats.wait_seconds / stats.steps:.2f} ms",
-        "  times they came late": f"{stats.late_windows:,}",
+        "rows reach the trainer by": engram.transport,
+        "waiting for rows, a step": f"{1000 * engram.wait_seconds / engram.steps:.2f} ms",
         "look-ups per row read": f"{sum(t.lookups for t in tables) / unique:.1f}",
         "rows in shared memory": f"{sum(t.memtable_rows for t in tables) / unique:.1%}",
         "table pages in memory": _share(
@@ -146,11 +158,30 @@ def _share(part: int, whole: int) -> str:
     return f"{min(1.0, part / whole):.1%}" if whole else "-"
 
 
-def _safety(report: Report) -> Iterator[tuple[str, ...]]:
-    """The run that was killed."""
-    run = report.resumed
-    yield "killed (-9) after step", "", "", f"{run.killed_after:,}"
+def _safety(run: Interrupted) -> Iterator[tuple[str, ...]]:
+    """The run whose trainer and whose store were killed."""
+    yield "trainer killed after step", "", "", f"{run.killed_after:,}"
     yield "  steps found afterwards", "", "", f"{run.found_step:,}"
     yield "  resumed from step", "", "", f"{run.resumed_at:,}"
+    for outage in run.outages:
+        yield "store killed in step", "", "", f"{outage.step:,}"
+        yield "  served again after", "", "", f"{outage.seconds:.1f} s"
+        yield "  with so many steps", "", "", f"{outage.found_step:,}"
     verdict = "[green]bit-equal[/]" if run.bit_equal else "[red]differs[/]"
-    yield f"  state before step {run.compared_at:,}", "", "", verdict
+    yield f"state before step {run.compared_at:,}", "", "", verdict
+
+
+def _verdict(report: Report) -> str:
+    """The interruptions in a sentence."""
+    run = report.interrupted
+    kills = f"The trainer was killed once (kill -9), the store {_times(len(run.outages))}"
+    if not run.outages:
+        kills = "The trainer was killed (kill -9); the store had no process of its own to kill"
+    what = f"{run.rows:,} rows with their state, the gates, their optimiser and {run.losses} losses"
+    if run.bit_equal:
+        return f"{kills}. {what} are bit for bit those of the undisturbed run."
+    return f"{kills}. Of {what}, {len(run.differences)} parts differ from the undisturbed run."
+
+
+def _times(count: int) -> str:
+    return {1: "once", 2: "twice"}.get(count, f"{count} times")

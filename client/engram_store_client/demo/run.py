@@ -20,13 +20,15 @@ from engram_store_client.demo.base import (
 )
 from engram_store_client.demo.corpus import collect
 from engram_store_client.demo.files import DemoFiles
+from engram_store_client.demo.interrupt import Interrupted, Undisturbed, interrupt
 from engram_store_client.demo.memory import Arm, create_store, make_arm
+from engram_store_client.demo.process import require_server
 from engram_store_client.demo.progress import Phases
 from engram_store_client.demo.report import ArmResult, Perplexities, Report
-from engram_store_client.demo.resume import Resumed, kill_and_resume
 from engram_store_client.demo.settings import Settings
+from engram_store_client.demo.stores import Stores, socket_directory, transport
 from engram_store_client.demo.tables import changed_rows
-from engram_store_client.transport import connect
+from engram_store_client.demo.waits import RowWaits
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,23 +41,45 @@ class _Data:
     held_out_prose: Sequences
 
 
-def run_demo(directory: Path, settings: Settings) -> Report:
-    """Run every phase in order. Raises: EngramStoreError, OSError."""
-    files, start = DemoFiles(directory), time.perf_counter()
+def run_demo(directory: Path, settings: Settings, *, embedded: bool = False) -> Report:
+    """Run every phase in order.
+
+    Args:
+        directory: gets all files; empty.
+        settings: the numbers of the run.
+        embedded: open stores in the trainer's process instead of through `engram-store serve`;
+            then only a trainer is killed, no store.
+
+    Raises:
+        ConfigError: no store process can run here.
+        StoreProcessError: one did not start, or ended without being asked to.
+        EngramStoreError, OSError.
+    """
+    files = DemoFiles(directory.absolute())
+    if embedded:
+        return _run(files, Stores(files.log, None), settings)
+    require_server()
+    with socket_directory(files.sockets, longest=f"{files.control_store.stem}.sock") as sockets:
+        return _run(files, Stores(files.log, sockets), settings)
+
+
+def _run(files: DemoFiles, stores: Stores, settings: Settings) -> Report:
+    start = time.perf_counter()
     settings.save(files.settings)
     prepare_torch(settings)
     with Phases() as phases:
         data = _prepare_text(files, settings, phases)
         model = _train_base(files, data, settings, phases)
         base = _perplexities(model, data, settings)
-        control = _run_control(files, model, data, settings, phases)
-        engram, losses = _run_engram(files, model, data, settings, phases)
-        resumed = _interrupt(files, settings, losses, phases)
+        control = _run_control(files, stores, model, data, settings, phases)
+        engram, losses = _run_engram(files, stores, model, data, settings, phases)
+        undisturbed = Undisturbed(losses=losses, step_seconds=engram.seconds / engram.steps)
+        interrupted = _interrupt(files, stores, model, data, settings, undisturbed, phases)
     return Report(
         base=base,
         control=control,
         engram=engram,
-        resumed=resumed,
+        interrupted=interrupted,
         phase_seconds=phases.seconds,
         seconds=time.perf_counter() - start,
     )
@@ -86,26 +110,38 @@ def _train_base(files: DemoFiles, data: _Data, settings: Settings, phases: Phase
 
 
 def _run_control(
-    files: DemoFiles, model: nn.Module, data: _Data, settings: Settings, phases: Phases
+    files: DemoFiles,
+    stores: Stores,
+    model: nn.Module,
+    data: _Data,
+    settings: Settings,
+    phases: Phases,
 ) -> ArmResult:
     """Everything as with Engram, except that all rows are zero and stay so."""
     create_store(files.control_store, files.tokenizer, settings)
-    with connect(files.control_store) as session:
-        arm = make_arm(model, session, settings, zero_table=True)
+    with stores.serve(files.control_store) as store, store.train() as session:
+        waits = RowWaits()
+        arm = make_arm(model, waits.measured(session), settings, zero_table=True)
         with phases.phase("zero-table control, prose", settings.steps) as on_step:
             arm.train(data.prose, settings.steps, on_step)
-        result = _measure(arm, data, settings)
+        result = _measure(arm, waits, data, settings)
     return replace(result, rows=changed_rows(files.control_store))
 
 
 def _run_engram(
-    files: DemoFiles, model: nn.Module, data: _Data, settings: Settings, phases: Phases
+    files: DemoFiles,
+    stores: Stores,
+    model: nn.Module,
+    data: _Data,
+    settings: Settings,
+    phases: Phases,
 ) -> tuple[ArmResult, list[float]]:
     """The memory itself; also returns the loss of every step."""
     losses: list[float] = []
     create_store(files.store, files.tokenizer, settings)
-    with connect(files.store) as session:
-        arm = make_arm(model, session, settings)
+    with stores.serve(files.store) as store, store.train() as session:
+        waits = RowWaits()
+        arm = make_arm(model, waits.measured(session), settings)
         with phases.phase("Engram, prose", settings.steps) as show:
 
             def on_step(step: int, loss: float) -> None:
@@ -115,21 +151,27 @@ def _run_engram(
             arm.train(data.prose, settings.compare_at, on_step)
             arm.save(files.reference)
             arm.train(data.prose, settings.steps, on_step)
-        result = _measure(arm, data, settings)
+        result = _measure(arm, waits, data, settings)
     return replace(result, rows=changed_rows(files.store)), losses
 
 
 def _interrupt(
-    files: DemoFiles, settings: Settings, losses: list[float], phases: Phases
-) -> Resumed:
-    """The first steps once more, in a process that is killed and another that goes on."""
-    create_store(files.killed_store, files.tokenizer, settings)
+    files: DemoFiles,
+    stores: Stores,
+    model: nn.Module,
+    data: _Data,
+    settings: Settings,
+    undisturbed: Undisturbed,
+    phases: Phases,
+) -> Interrupted:
+    """The first steps once more: trainer and store are killed, and nothing is different."""
+    create_store(files.second_store, files.tokenizer, settings)
     steps = settings.kill_after + 1 + settings.compare_at - settings.snapshot_at
     with phases.phase("the same, killed and resumed", steps) as on_step:
-        return kill_and_resume(files, settings, losses, on_step)
+        return interrupt(files, stores, model, data.prose, settings, undisturbed, on_step)
 
 
-def _measure(arm: Arm, data: _Data, settings: Settings) -> ArmResult:
+def _measure(arm: Arm, waits: RowWaits, data: _Data, settings: Settings) -> ArmResult:
     """An arm's counters and perplexities; the model is as before then."""
     arm.memory.session.snapshot()  # what training wrote ends up on disk, and is counted
     stats, guards = arm.memory.session.stats(), arm.memory.guards()
@@ -138,8 +180,10 @@ def _measure(arm: Arm, data: _Data, settings: Settings) -> ArmResult:
     return ArmResult(
         perplexities=perplexities,
         guards=guards,
+        transport=transport(arm.memory.session),
         stats=stats,
         seconds=arm.seconds,
+        wait_seconds=waits.seconds,
         steps=settings.steps,
     )
 

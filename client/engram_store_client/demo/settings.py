@@ -8,7 +8,7 @@ from typing import Any, Self
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """Everything that decides the result; the killed run reads the same from a file."""
+    """Everything that decides the result; the trainer that is killed reads it from a file."""
 
     seed: int = 0
     threads: int = 2
@@ -45,17 +45,17 @@ class Settings:
 
     @property
     def snapshot_at(self) -> int:
-        """The run that is killed keeps a checkpoint before this step, ..."""
+        """The trainer that is killed keeps a checkpoint before this step, ..."""
         return self.steps // 10
 
     @property
     def kill_after(self) -> int:
-        """... is killed after this one, ..."""
+        """... is killed after this one; the next goes back to the checkpoint, and ..."""
         return self.steps * 3 // 20
 
     @property
     def compare_at(self) -> int:
-        """... and must then be what the uninterrupted run was before this one."""
+        """... must be what the undisturbed run was before this one."""
         return self.steps // 5
 
     @classmethod

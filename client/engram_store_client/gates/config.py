@@ -68,5 +68,5 @@ class GateConfig:
         """Inverse of `to_json`. Raises: ConfigError for unknown keys or values."""
         try:
             return cls(**{**data, "kind": GateKind(data["kind"])})
-        except (TypeError, KeyError, ValueError) as error:
+        except (TypeError, KeyError, ValueError, OverflowError) as error:
             raise ConfigError(f"not a gate description: {error}") from error

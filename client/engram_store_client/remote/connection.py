@@ -5,14 +5,20 @@ again, in the order in which they were sent: what was not answered, and the anno
 gradients of windows that are still open. Coming back is sending the journal again.
 """
 
+import contextlib
 import itertools
 import os
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engram_store import wire
+from engram_store.chunks import Chunk
 from engram_store.errors import (
     DeadlineError,
     EngramStoreError,
@@ -21,20 +27,25 @@ from engram_store.errors import (
     StoreUnreachableError,
     WindowClosedError,
 )
+from engram_store.reuse import ReusedMemory
 from engram_store.slots import slot_door
 from engram_store.types import GradientBlock
 from engram_store.v1 import store_pb2 as pb
+from engram_store_client.remote.expected import check_answer
+from engram_store_client.remote.incoming import WantedRows
 from engram_store_client.remote.options import RemoteOptions
 from engram_store_client.remote.pending import Pending
 from engram_store_client.remote.resume import Verdict, delays, judge
 from engram_store_client.remote.slots import TrainerSlots
-from engram_store_client.remote.stream import Stream
+from engram_store_client.remote.stream import Response, Stream
 
 OpenStream = Callable[..., Stream]
 """Given a hello and what is called for responses and at the end: opens a `Stream`."""
 _HELLO_SECONDS = 10.0
 _ID_BYTES = 64
 """Room for what is added to a request when it is sent."""
+_KEPT_BYTES = 256 << 20
+"""Memory of rows and gradients that is kept for the next windows."""
 _SHORT_LIFE_SECONDS = 1.0
 """A stream that breaks sooner is not replaced at once."""
 
@@ -61,6 +72,7 @@ class Connection:
         self._address, self._open_stream = address, open_stream
         self._hello, self._options = hello, options
         self._on_answer = on_answer
+        self._memory = ReusedMemory(_KEPT_BYTES)
         self._process = os.getpid()
         self._numbers = itertools.count(1)
         # Guards the journal, the current stream, and that both agree on the order of requests.
@@ -75,7 +87,9 @@ class Connection:
         """When the first stream broke since an answer came that had not come before."""
         self.step = 0
         """Steps that the store has acknowledged."""
-        stream, self.welcome = self._greet()
+        self.durable_step = 0
+        """Steps below this one outlive the store's host."""
+        stream, self.welcome = self._connect()
         self.step = self.welcome.step
         hello.fingerprint = self.welcome.fingerprint
         self._adopt(stream)
@@ -105,18 +119,20 @@ class Connection:
         request: pb.SessionRequest,
         window: int | None = None,
         gradients: GradientBlock | None = None,
+        wanted: WantedRows | None = None,
     ) -> Pending:
         """Send a request, now or when the store is back.
 
         Args:
             request: what to send.
             window: the window it belongs to.
-            gradients: of a push; kept, not copied, until it is forgotten.
+            gradients: of a push; kept, not copied, until the window is forgotten.
+            wanted: of a read, what its answer can look like.
 
         Raises:
             ProtocolError: it is too large for a message, and see `check`.
         """
-        size = request.ByteSize() + (0 if gradients is None else gradients.nbytes)
+        size = request.ByteSize()  # a large gradient goes in messages of its own
         if size > wire.MAX_MESSAGE_BYTES - _ID_BYTES:
             raise ProtocolError(
                 f"the request has {size:,} bytes, a message holds "
@@ -125,7 +141,7 @@ class Connection:
         with self._lock:
             self.check()
             request.id = next(self._numbers)
-            pending = Pending(request, window, gradients, sent=time.monotonic())
+            pending = Pending(request, window, gradients, wanted=wanted, sent=time.monotonic())
             self._journal[request.id] = pending
             if self._stream is not None:
                 self._stream.send(request, gradients)
@@ -168,13 +184,29 @@ class Connection:
             self.result(pending, f"confirm {pending.kind}", works=True)
 
     def forget(self, windows: set[int]) -> None:
-        """Their requests need no answer and are not sent again."""
+        """Their requests need no answer and are not sent again; their memory is used again."""
         with self._lock:
+            stream = self._stream
             dropped = [p for p in self._journal.values() if p.window in windows]
             for pending in dropped:
                 del self._journal[pending.request.id]
         for pending in dropped:
             pending.settle(WindowClosedError("the window was closed; announce it again"))
+        if stream is not None and stream.slots is not None:
+            stream.slots.take_back(windows)
+
+    def lend(self, window: int, size: int) -> NDArray[np.uint8]:
+        """Bytes for a gradient: where the store sees them, if it can."""
+        stream = self._stream
+        if stream is not None and stream.slots is not None:
+            with contextlib.suppress(OSError):
+                return stream.slots.lend(window, size)
+        return self._memory.take(size)
+
+    def place(self, window: int, gradients: GradientBlock) -> GradientBlock:
+        """See `Stream.place`; as it is while there is no stream."""
+        stream = self._stream
+        return gradients if stream is None else stream.place(window, gradients)
 
     def current_stream(self) -> Stream:
         """For unary calls; waits until there is one. Raises: see `check`."""
@@ -191,17 +223,33 @@ class Connection:
             return
         stream = self._fail(StoreClosedError("the session was closed; connect again"))
         if stream is not None:
-            stream.close()
+            goodbye = pb.SessionRequest(id=next(self._numbers), goodbye=pb.Goodbye())
+            stream.close(goodbye)
 
     # ------------------------------------------------------------------ hearing
 
-    def _deliver(self, stream: Stream, response: pb.SessionResponse) -> None:
+    def _deliver(self, stream: Stream, response: Response) -> None:
+        if not isinstance(response, Chunk) and response.WhichOneof("response") == "durable":
+            self.durable_step = response.durable.step
+            return
         with self._lock:
             pending = self._journal.get(response.id)
             if stream is not self._stream or pending is None:
+                stream.incoming.drop(response.id)
                 return
             pending.slots = stream.slots
-        self._answer(pending, response)
+        try:
+            whole = stream.incoming.take(response, pending.wanted, self._memory)
+        except ProtocolError as error:
+            whole = pb.SessionResponse(failure=wire.encode_error(error)), {}
+        if whole is not None:
+            answer, pending.arrays = whole
+            try:
+                check_answer(pending.request, answer)
+            except ProtocolError as error:
+                self._abandon(error)
+                return
+            self._answer(pending, answer)
 
     def _answer(self, pending: Pending, response: pb.SessionResponse) -> None:
         refused = response.WhichOneof("response") == "failure"
@@ -241,22 +289,43 @@ class Connection:
 
     # ------------------------------------------------------------------ coming back
 
+    def _connect(self) -> tuple[Stream, pb.Welcome]:
+        """The first greeting; waits for a store that is still starting. Raises: see `_greet`."""
+        until = time.monotonic() + self._options.connect_seconds
+        for wait in delays():
+            try:
+                return self._greet()
+            except StoreUnreachableError:
+                if time.monotonic() + wait > until:
+                    raise
+            time.sleep(wait)
+        raise AssertionError("delays never end")
+
     def _greet(self) -> tuple[Stream, pb.Welcome]:
         """Open a stream and be welcomed. Raises: see `Stream.welcome`."""
         self._hello.epoch += 1
         hello = pb.SessionRequest(id=next(self._numbers), hello=self._hello)
         stream = self._open_stream(hello, self._deliver, self._lost)
         welcome = stream.welcome(_HELLO_SECONDS)
+        if welcome.slot_token and not self._hello.shared_memory:
+            stream.abort()
+            raise ProtocolError(
+                f"{self._address} offers shared memory that was not asked for; is it an "
+                "engram-store?"
+            )
         if welcome.slot_token:
             door = slot_door(Path(self._address.removeprefix("unix:")))
             try:
-                stream.slots = TrainerSlots(str(door), welcome.slot_token)
+                stream.slots = TrainerSlots(
+                    str(door), welcome.slot_token, partial(self._deliver, stream)
+                )
             except OSError:
                 # A store in a container whose sockets, but not whose door, are mounted here.
                 stream.abort()
                 self._hello.shared_memory = False
                 return self._greet()
         self._shares_memory = bool(welcome.slot_token)
+        self.durable_step = welcome.durable_step
         return stream, welcome
 
     def _adopt(self, stream: Stream) -> None:
@@ -313,6 +382,13 @@ class Connection:
     def _return(self) -> None:
         """Raises: ProtocolError: the store is not where it was left; see `judge`."""
         stream, welcome = self._greet()
+        if welcome.store_id != self.welcome.store_id:
+            stream.abort()
+            raise ProtocolError(
+                f"store {welcome.store_id!r:.100} answers at {self._address} now, the session is "
+                f"one of {self.welcome.store_id!r:.100}; serve that one there, or connect again "
+                "and restore your checkpoint"
+            )
         with self._lock:
             unanswered = [p for p in self._journal.values() if not p.answer.done()]
         commits = [p for p in unanswered if p.kind == "commit"]

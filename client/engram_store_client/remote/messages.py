@@ -1,10 +1,11 @@
 """What a session says and hears, between calls and messages."""
 
-import json
 from collections.abc import Mapping
 
 from engram_store import wire
 from engram_store.errors import ConfigError, ProtocolError
+from engram_store.layout.documents import parse_json
+from engram_store.layout.metadata import decode_tables
 from engram_store.recipes import Recipe
 from engram_store.session import Applied
 from engram_store.types import HyperParameters, TableSpec
@@ -20,12 +21,11 @@ def read_welcome(welcome: pb.Welcome) -> tuple[str, Recipe, Mapping[int, TableSp
     """
     token_map = wire.decode_array(welcome.token_map) if welcome.HasField("token_map") else None
     try:
-        described, tables = json.loads(welcome.recipe_json), json.loads(welcome.tables_json)
+        described, tables = parse_json(welcome.recipe_json), parse_json(welcome.tables_json)
     except ValueError as error:
         raise ProtocolError(f"the store's description of itself is no JSON: {error}") from error
     recipe = Recipe.from_json(described, token_map)
-    specs = [TableSpec.from_json(table) for table in tables]
-    return welcome.store_id, recipe, {spec.layer: spec for spec in specs}
+    return welcome.store_id, recipe, decode_tables(tables, recipe)
 
 
 def rates_by_layer(
@@ -67,8 +67,11 @@ def applied_record(
 ) -> Applied:
     """What a commit did; counted here when only an earlier connection was told."""
     if not message.repeated:
-        rows, skipped = dict(message.rows), dict(message.skipped_rows)
-        return Applied(step=message.step, rows=rows, skipped_rows=skipped)
+        return Applied(
+            step=message.step,
+            rows={layer: message.rows.get(layer, 0) for layer in layers},
+            skipped_rows={layer: message.skipped_rows.get(layer, 0) for layer in layers},
+        )
     counts = {
         layer: count_rows(w.pushed[layer] for w in windows if layer in w.pushed) for layer in layers
     }

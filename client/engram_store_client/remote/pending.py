@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from engram_store.errors import EngramStoreError
 from engram_store.types import GradientBlock
 from engram_store.v1 import store_pb2 as pb
+from engram_store_client.remote.incoming import ReceivedArrays, WantedRows
 from engram_store_client.remote.slots import TrainerSlots
 
 
@@ -21,6 +22,10 @@ class Pending:
     answer: Future[pb.SessionResponse] = field(default_factory=Future)
     sent: float = 0.0
     """When it was last sent, by the monotonic clock."""
+    wanted: WantedRows | None = None
+    """Of a read: what its answer can look like."""
+    arrays: ReceivedArrays = field(default_factory=dict)
+    """Of a read: what came in chunks."""
     slots: TrainerSlots | None = None
     """Shared memory of the connection that the answer came through."""
 

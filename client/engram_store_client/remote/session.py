@@ -1,9 +1,9 @@
 """A session with a store in another process."""
 
+import contextlib
 import itertools
-import secrets
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 import grpc
@@ -11,10 +11,12 @@ import numpy as np
 
 from engram_store import wire
 from engram_store.errors import (
+    CapacityError,
     ConfigError,
     DuplicateStepError,
     EngramStoreError,
     MissingGradientError,
+    ProtocolError,
     ReadOnlyError,
     StepGapError,
     StoreUnreachableError,
@@ -25,6 +27,8 @@ from engram_store.stats import StoreStats
 from engram_store.types import TableSpec, TokenIds
 from engram_store.v1 import store_pb2 as pb
 from engram_store_client.remote.connection import Connection
+from engram_store_client.remote.credentials import ClientTls
+from engram_store_client.remote.credit import Credit
 from engram_store_client.remote.messages import (
     applied_record,
     commit_message,
@@ -67,7 +71,7 @@ class RemoteSession:
         mode: Mode = "train",
         options: RemoteOptions | None = None,
         *,
-        credentials: grpc.ChannelCredentials | None = None,
+        credentials: grpc.ChannelCredentials | ClientTls | None = None,
     ) -> None:
         if mode not in _MODES:
             raise ConfigError(f"mode must be one of {sorted(_MODES)}, got {mode!r}")
@@ -75,14 +79,18 @@ class RemoteSession:
         self._options = options or RemoteOptions()
         self._numbers = itertools.count(1)
         # Guards the open training windows, and keeps announcements in the order of their numbers.
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._windows: dict[int, RemoteWindow] = {}
         hello = pb.Hello(
             protocol=wire.PROTOCOL,
             oldest_protocol=wire.OLDEST_PROTOCOL,
             mode=_MODES[mode],
-            session_id=secrets.token_hex(16),
+            session_id=self._options.session_id(),
             shared_memory=self._options.shared_memory and address.startswith("unix:"),
+            store=self._options.store,
+            rank=self._options.rank,
+            world_size=self._options.world_size,
         )
         self.connection = Connection(
             address, self._open_stream, hello, self._options, self._on_answer
@@ -92,6 +100,7 @@ class RemoteSession:
         except EngramStoreError:
             self.connection.close()
             raise
+        self._credit = Credit[RemoteWindow](self.connection.welcome.credits, RemoteWindow.send)
 
     def _open_stream(self, hello: pb.SessionRequest, *callbacks: Any) -> Stream:
         channel = open_channel(self._address, self._credentials)
@@ -123,6 +132,11 @@ class RemoteSession:
     def step(self) -> int:
         """Steps applied so far, as far as this session was told."""
         return self.connection.step
+
+    @property
+    def durable_step(self) -> int:
+        """See `session.Session.durable_step`; as far as this session was told."""
+        return self.connection.durable_step
 
     def _check_trains(self) -> None:
         """Raises: ReadOnlyError, and see `Connection.check`."""
@@ -158,20 +172,60 @@ class RemoteSession:
                 None if context is None else np.array(context, np.int64),
                 np.asarray(attention_mask) != 0 if masked else None,
             )
-            window.announce()
             if step is not None:
                 self._windows[window.number] = window
+            self._announce(window)
         return window
+
+    def _announce(self, window: RemoteWindow) -> None:
+        """Send it when there is credit. Raises: CapacityError: there never is."""
+        cost = wire.session_cost(
+            self.recipe, self.tables, window.tokens.size, trains=window.step is not None
+        )
+        try:
+            self._credit.submit(window.number, cost, window)
+        except CapacityError:
+            self._windows.pop(window.number, None)
+            raise
+
+    def wait_until_sent(self, window: RemoteWindow) -> None:
+        """Wait for credit that other windows take.
+
+        Raises:
+            CapacityError: they keep it; only a commit, which waits for this window, would end
+                them, or nobody closed them in time.
+        """
+        with self._changed:
+            refusal = self._credit.refusal(window.number)
+            if refusal is None:
+                return
+            ends_by_commit = self._credit.holders <= self._windows.keys()
+            hopeless = window.step == self.step and ends_by_commit
+            seconds = 0 if hopeless else self._options.deadline_seconds
+            if not self._changed.wait_for(
+                lambda: window.announced is not None or window.closed, seconds
+            ):
+                raise refusal
 
     def release(self, window: RemoteWindow) -> None:
         """Tell the store that a closed window is not needed; waits for nothing."""
+        self.connection.forget({window.number})
+        # Closed, lost or in another process: then nobody is there to be told.
+        with contextlib.suppress(EngramStoreError):
+            if window.announced is not None:
+                release = pb.Release(window=window.number)
+                self.connection.send(pb.SessionRequest(release=release))
         with self._lock:
             self._windows.pop(window.number, None)
-        self.connection.forget({window.number})
-        try:
-            self.connection.send(pb.SessionRequest(release=pb.Release(window=window.number)))
-        except EngramStoreError:
-            return  # closed, lost or in another process: nothing is there to be told
+            self._return_credit([window])
+
+    def _return_credit(self, windows: Sequence[RemoteWindow]) -> None:
+        """Send the announcements that waited for it. The lock is held."""
+        for window in windows:
+            self._credit.give_back(window.number)
+        with contextlib.suppress(EngramStoreError):
+            self._credit.send_waiting()
+        self._changed.notify_all()
 
     def _on_answer(self, response: pb.SessionResponse) -> None:
         """Close the windows that a commit or a restore has ended."""
@@ -189,6 +243,8 @@ class RemoteSession:
                 window.closed = True
                 del self._windows[window.number]
         self.connection.forget({window.number for window in ended})
+        with self._lock:
+            self._return_credit(ended)
 
     # ------------------------------------------------------------------ committing
 
@@ -199,10 +255,23 @@ class RemoteSession:
     def gradient_norm(self) -> float:
         """See `session.Session.gradient_norm`."""
         self._check_trains()
-        for window in self._pending():
-            window.confirm_pushes()
-        request = self.connection.send(pb.SessionRequest(gradient_norm=pb.GradientNorm()))
-        return self.connection.result(request, "gradient norm", works=True).norm.value
+        asked = pb.SessionRequest(gradient_norm=pb.GradientNorm())
+        return self._step_result(asked, "gradient norm", self._pending()).norm.value
+
+    def _step_result(
+        self, request: pb.SessionRequest, asked: str, windows: Sequence[RemoteWindow]
+    ) -> pb.SessionResponse:
+        """The answer to what concerns a whole step, whose gradients may be on their way still.
+
+        The store refuses it if it refused one of them; why is in the answer to that gradient.
+        """
+        pending = self.connection.send(request)
+        try:
+            return self.connection.result(pending, asked, works=True)
+        except EngramStoreError:
+            for window in windows:
+                window.confirm_pushes()
+            raise
 
     def commit(
         self,
@@ -222,11 +291,8 @@ class RemoteSession:
         missing = sorted({layer for window in windows for layer in window.missing()})
         if missing:
             raise MissingGradientError(step, missing)
-        # A refused gradient must not be left out: the store would commit the others.
-        for window in windows:
-            window.confirm_pushes()
-        request = self.connection.send(pb.SessionRequest(commit=message))
-        response = self.connection.result(request, f"commit step {step}", works=True)
+        request = pb.SessionRequest(commit=message)
+        response = self._step_result(request, f"commit step {step}", windows)
         return applied_record(response.applied, windows, self.tables)
 
     # ------------------------------------------------------------------ snapshots and the end
@@ -236,7 +302,13 @@ class RemoteSession:
         self._check_trains()
         request = self.connection.send(pb.SessionRequest(take_snapshot=pb.TakeSnapshot()))
         response = self.connection.result(request, "take a snapshot", works=True)
-        return wire.decode_ref(response.snapshot_taken.snapshot)
+        ref = wire.decode_ref(response.snapshot_taken.snapshot)
+        if ref.store_id != self.store_id:
+            raise ProtocolError(
+                f"the store answered with a snapshot of store {ref.store_id!r:.100}, this is "
+                f"{self.store_id!r}; take it again"
+            )
+        return ref
 
     def restore(self, snapshot: SnapshotRef | int) -> None:
         """See `session.Session.restore`. Announced windows are closed."""
@@ -254,7 +326,7 @@ class RemoteSession:
             self.connection.settle()
             stream = self.connection.current_stream()
             try:
-                return fetch_statistics(stream.stub, self._address, self._options.deadline_seconds)
+                return fetch_statistics(stream.stub, self._address, self._options)
             except StoreUnreachableError:
                 if not stream.ended.wait(_NOTICE_SECONDS):
                     raise

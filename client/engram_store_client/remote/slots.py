@@ -1,99 +1,107 @@
 """The trainer's side of shared memory: rows that the store gathered, gradients on their way."""
 
-import os
+import contextlib
 import socket
 import threading
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from engram_store import slots
+from engram_store import wire
 from engram_store.engine.lookup import SlotPool
 from engram_store.errors import ProtocolError
+from engram_store.slots import SlotExchange
 from engram_store.v1 import store_pb2 as pb
 
-_SLOT_SECONDS = 10.0
+_INLINE_BYTES = 16 << 10
+_LIMIT_BYTES = 1 << 40
+"""The store decides how much memory it shares; this is against nonsense."""
 
 
 class TrainerSlots:
     """Slots of one connection: the store's, mapped here, and our own, mapped there."""
 
-    def __init__(self, path: str, token: bytes) -> None:
+    def __init__(
+        self, path: str, token: bytes, on_response: Callable[[pb.SessionResponse], None]
+    ) -> None:
         """Fetch the session's shared memory at the store's door.
 
         Args:
             path: of the slot socket.
             token: from Welcome.
+            on_response: gets what the store answers through this socket, on its thread.
 
         Raises:
             OSError: the door is closed; rows must travel in messages.
         """
-        self._channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            self._channel.connect(path)
-            self._channel.send(token)
+            channel.connect(path)
+            channel.send(token)
         except OSError:
-            self._channel.close()
+            channel.close()
             raise
-        self._changed = threading.Condition()
-        self._theirs: dict[int, slots.Slot] = {}
-        self._ours: dict[int, slots.Slot] = {}
-        """By address of their first byte."""
-        self._pool = SlotPool(self._allocate)
-        self._open = True
+        self._on_response = on_response
+        self.exchange = SlotExchange(_LIMIT_BYTES, self._take)
+        self.exchange.attach(channel)
+        self.view = self.exchange.view
+        self._pool = SlotPool(self.exchange.allocate, self.exchange.fill)
+        self._lent: dict[int, list[NDArray[np.uint8]]] = {}
+        """Slots that hold gradients, by window."""
+        self._lock = threading.Lock()
         threading.Thread(target=self._receive, name="engram-slots", daemon=True).start()
 
     def _receive(self) -> None:
-        """Map what the store sends until it hangs up."""
-        try:
-            while (slot := slots.receive_slot(self._channel, private=True)) is not None:
-                with self._changed:
-                    self._theirs[slot.number] = slot
-                    self._changed.notify_all()
-        except (OSError, ProtocolError):
-            pass  # the stream breaks too, and says why
-        with self._changed:
-            self._open = False
-            self._changed.notify_all()
+        """Take what the store sends until it hangs up."""
+        # If it breaks, so does the stream, and says why.
+        with contextlib.suppress(OSError, ProtocolError, DecodeError):
+            self.exchange.receive()
 
-    def view(self, wanted: pb.SlotRange) -> NDArray[np.uint8]:
-        """The bytes of a range of the store's memory; no copy.
+    def _take(self, message: bytes) -> None:
+        """Raises: DecodeError."""
+        self._on_response(pb.SessionResponse.FromString(message))
+
+    def post(self, request: pb.SessionRequest) -> None:
+        """Send a request; large arrays of an announcement go in a slot."""
+        if request.HasField("announce") and request.ByteSize() > _INLINE_BYTES:
+            request = self._with_slots(request)
+        self.exchange.post(request.SerializeToString())
+
+    def _with_slots(self, request: pb.SessionRequest) -> pb.SessionRequest:
+        slim = pb.SessionRequest()
+        slim.CopyFrom(request)
+        announce = slim.announce
+        for name in ("tokens", "context", "attention_mask"):
+            if not announce.HasField(name):
+                continue
+            array = wire.decode_array(getattr(announce, name))
+            buffer = self.lend(announce.window, array.nbytes)
+            placed = buffer[: array.nbytes].view(array.dtype).reshape(array.shape)
+            np.copyto(placed, array)
+            where = self.exchange.range_of(placed)
+            getattr(announce, name).CopyFrom(wire.encode_array(placed, where))
+        return slim
+
+    def lend(self, window: int, size: int) -> NDArray[np.uint8]:
+        """At least so many bytes that the store can see, until `take_back`.
 
         Raises:
-            ProtocolError: the slot did not come, or is shorter.
+            OSError: shared memory is used up, or the store has hung up.
         """
-        with self._changed:
-            self._changed.wait_for(
-                lambda: wanted.slot in self._theirs or not self._open, _SLOT_SECONDS
-            )
-            slot = self._theirs.get(wanted.slot)
-        if slot is None or wanted.offset + wanted.length > slot.bytes.size:
-            raise ProtocolError(f"the store names slot {wanted.slot}, which it did not send")
-        return slot.bytes[wanted.offset : wanted.offset + wanted.length]
+        buffer = self._pool.take(size)
+        with self._lock:
+            self._lent.setdefault(window, []).append(buffer)
+        return buffer
 
-    def _allocate(self, length: int) -> NDArray[np.uint8]:
-        slot, fd = slots.make_slot(len(self._ours) + 1, length)
-        try:
-            slots.send_slot(self._channel, slot.number, length, fd)
-        finally:
-            os.close(fd)
-        self._ours[slot.bytes.ctypes.data] = slot
-        return slot.bytes
-
-    def put(self, array: NDArray[Any]) -> tuple[pb.SlotRange, NDArray[np.uint8]]:
-        """Copy an array to where the store can see it; give the buffer back when it was read."""
-        buffer = self._pool.take(array.nbytes)
-        target = buffer[: array.nbytes].view(array.dtype).reshape(array.shape)
-        np.copyto(target, array)
-        slot = self._ours[buffer.ctypes.data]
-        return pb.SlotRange(slot=slot.number, length=array.nbytes), buffer
-
-    def give_back(self, buffer: NDArray[np.uint8]) -> None:
-        """The store has answered for what was in the buffer."""
-        self._pool.give_back(buffer)
+    def take_back(self, windows: set[int]) -> None:
+        """The store needs what was lent for these windows no more."""
+        with self._lock:
+            buffers = [buffer for window in windows for buffer in self._lent.pop(window, [])]
+        for buffer in buffers:
+            self._pool.give_back(buffer)
 
     def close(self) -> None:
         """Hang up. Views of rows stay readable while they are used."""
-        self._open = False
-        self._channel.close()
+        self.exchange.close()

@@ -1,22 +1,32 @@
 """One `Session` call: requests from any thread out, responses to a callback in."""
 
+import errno
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from queue import SimpleQueue
 
 import grpc
 import numpy as np
-from numpy.typing import NDArray
 
-from engram_store import wire
-from engram_store.errors import EngramStoreError, ProtocolError, StoreUnreachableError
+from engram_store import chunks, wire
+from engram_store.chunks import Chunk
+from engram_store.errors import (
+    CapacityError,
+    EngramStoreError,
+    ProtocolError,
+    StoreUnreachableError,
+)
+from engram_store.slots import SlotRange
 from engram_store.types import GradientBlock
 from engram_store.v1 import store_pb2 as pb
 from engram_store.v1.store_pb2_grpc import StoreServiceStub
+from engram_store_client.remote.credentials import ClientTls
+from engram_store_client.remote.incoming import IncomingAnswers
 from engram_store_client.remote.slots import TrainerSlots
 
 _CHANNEL_OPTIONS = [
+    *chunks.CHANNEL_OPTIONS,
     ("grpc.max_send_message_length", wire.MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 1000 * wire.KEEPALIVE_SECONDS),
@@ -24,6 +34,7 @@ _CHANNEL_OPTIONS = [
     # When to try again is decided here, so no attempt may inherit gRPC's own back-off.
     ("grpc.use_local_subchannel_pool", 1),
 ]
+_SESSION = f"/{pb.DESCRIPTOR.services_by_name['StoreService'].full_name}/Session"
 _REFUSALS = {
     grpc.StatusCode.UNIMPLEMENTED,
     grpc.StatusCode.PERMISSION_DENIED,
@@ -32,11 +43,19 @@ _REFUSALS = {
 _GOODBYE_SECONDS = 5.0
 
 
-def open_channel(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.Channel:
+def open_channel(
+    address: str, credentials: grpc.ChannelCredentials | ClientTls | None
+) -> grpc.Channel:
     """A channel to `unix:path` or `host:port`; nothing is sent yet."""
+    if isinstance(credentials, ClientTls):
+        return credentials.open_channel(address, _CHANNEL_OPTIONS)
     if credentials is None:
         return grpc.insecure_channel(address, _CHANNEL_OPTIONS)
     return grpc.secure_channel(address, credentials, _CHANNEL_OPTIONS)
+
+
+Response = pb.SessionResponse | Chunk[pb.RowsChunk]
+"""What a stream receives."""
 
 
 class Stream:
@@ -55,21 +74,29 @@ class Stream:
         address: str,
         channel: grpc.Channel,
         hello: pb.SessionRequest,
-        deliver: Callable[["Stream", pb.SessionResponse], None],
+        deliver: Callable[["Stream", Response], None],
         ended: Callable[["Stream", EngramStoreError], None],
     ) -> None:
         self.stub = StoreServiceStub(channel)
         self.ended = threading.Event()
         self.slots: TrainerSlots | None = None
         """Shared memory of this connection; None: arrays travel in messages."""
-        self._lent: dict[int, NDArray[np.uint8]] = {}
-        """Slots that hold gradients which the store has not answered for, by request."""
+        self.incoming = IncomingAnswers()
+        """Belongs to the stream's thread."""
         self._address, self._channel = address, channel
         self._deliver, self._on_end = deliver, ended
-        self._first: Future[pb.SessionResponse] = Future()
-        self._requests: SimpleQueue[pb.SessionRequest | None] = SimpleQueue()
-        self._requests.put(hello)
-        self._call = self.stub.Session(iter(self._requests.get, None))
+        self._first: Future[Response] = Future()
+        self._requests: SimpleQueue[tuple[pb.SessionRequest, GradientBlock | None] | None]
+        self._requests = SimpleQueue()
+        """Requests, and gradients that go ahead of them in chunks."""
+        self._requests.put((hello, None))
+        # The generated stub would copy rows and gradients twice more.
+        session = channel.stream_stream(
+            _SESSION,
+            request_serializer=chunks.REQUESTS.serialize,
+            response_deserializer=chunks.RESPONSES.deserialize,
+        )
+        self._call = session(self._messages())
         self._thread = threading.Thread(target=self._read, name="engram-stream", daemon=True)
         self._thread.start()
 
@@ -86,10 +113,10 @@ class Stream:
             self.abort()
             problem = f"it took a connection but gave no answer within {seconds:g} s"
             raise StoreUnreachableError(self._address, problem) from None
-        if response.WhichOneof("response") == "welcome":
+        if not isinstance(response, Chunk) and response.HasField("welcome"):
             return response.welcome
         self.abort()
-        if response.WhichOneof("response") == "failure":
+        if not isinstance(response, Chunk) and response.HasField("failure"):
             raise wire.decode_error(response.failure)
         raise ProtocolError(f"what answers at {self._address} did not welcome the session")
 
@@ -98,34 +125,60 @@ class Stream:
 
         Args:
             request: what to send.
-            gradients: of a push; they are put where this connection's store finds them.
+            gradients: of a push; see `place`.
         """
         if gradients is not None:
-            request = self._with_gradients(request, gradients)
-        self._requests.put(request)
+            push = pb.Push()
+            push.CopyFrom(request.push)
+            gradients = np.ascontiguousarray(self.place(push.window, gradients))
+            where = self._place_of(gradients)
+            if where is None and gradients.nbytes >= chunks.INLINE_BYTES:
+                push.gradients.CopyFrom(chunks.announce(gradients))
+            else:
+                push.gradients.CopyFrom(wire.encode_array(gradients, where))
+                gradients = None
+            request = pb.SessionRequest(id=request.id, push=push)
+        if self.slots is not None:
+            # What could not be placed was lost with the connection, and is sent through the next.
+            if gradients is None:
+                self.slots.post(request)
+            return
+        self._requests.put((request, gradients))
 
-    def _with_gradients(
-        self, request: pb.SessionRequest, gradients: GradientBlock
-    ) -> pb.SessionRequest:
-        """The push with its gradient, in shared memory or in the message."""
-        where = None
-        if self.slots is not None and gradients.size:
-            where, self._lent[request.id] = self.slots.put(gradients)
-        push = pb.Push(
-            window=request.push.window,
-            layer=request.push.layer,
-            gradients=wire.encode_array(gradients, where),
-        )
-        return pb.SessionRequest(id=request.id, push=push)
+    def _messages(self) -> Iterator[pb.SessionRequest | bytes]:
+        """On gRPC's thread: chunks are made when the stream takes them."""
+        while (sending := self._requests.get()) is not None:
+            request, gradients = sending
+            if gradients is not None:
+                yield from _cut(request, gradients)
+            yield request
 
-    def _take_back(self, number: int) -> None:
-        """The store has read what a request put into shared memory."""
-        buffer = self._lent.pop(number, None)
-        if buffer is not None and self.slots is not None:
-            self.slots.give_back(buffer)
+    def place(self, window: int, gradients: GradientBlock) -> GradientBlock:
+        """The gradient where this connection's store sees it: as it is, or copied there."""
+        if self.slots is None or not gradients.size or self.slots.exchange.holds(gradients):
+            return gradients
+        try:
+            buffer = self.slots.lend(window, gradients.nbytes)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.ENOMEM):
+                raise CapacityError(
+                    error.errno,
+                    f"there is no shared memory for a gradient of {gradients.nbytes:,} bytes; "
+                    "raise the memory limit, or announce windows of fewer tokens",
+                ) from error
+            return gradients  # the stream is breaking; it is placed in the next one's memory
+        placed = buffer[: gradients.nbytes].view(gradients.dtype).reshape(gradients.shape)
+        np.copyto(placed, gradients)
+        return placed
 
-    def close(self) -> None:
+    def _place_of(self, gradients: GradientBlock) -> SlotRange | None:
+        if self.slots is None or not self.slots.exchange.holds(gradients):
+            return None
+        return self.slots.exchange.range_of(gradients)
+
+    def close(self, goodbye: pb.SessionRequest) -> None:
         """Say that no more requests come, and wait for the store to let go."""
+        self._requests.put((goodbye, None))
         self._requests.put(None)
         self._thread.join(_GOODBYE_SECONDS)
         self.abort()
@@ -144,7 +197,6 @@ class Stream:
         try:
             for response in self._call:
                 if self._first.done():
-                    self._take_back(response.id)
                     self._deliver(self, response)
                 else:
                     self._first.set_result(response)
@@ -164,6 +216,14 @@ class Stream:
         if too_large or error.code() in _REFUSALS:
             return ProtocolError(f"{self._address} refuses the session: {describe(error)}")
         return StoreUnreachableError(self._address, describe(error))
+
+
+def _cut(request: pb.SessionRequest, gradients: GradientBlock) -> Iterator[bytes]:
+    """The chunks of a push, which go ahead of it."""
+    content, push = chunks.bytes_of(gradients), request.push
+    for start, end in chunks.cut(content.size):
+        chunk = pb.GradientChunk(window=push.window, layer=push.layer, offset=start)
+        yield chunks.REQUESTS.encode(request.id, chunk, content[start:end])
 
 
 def describe(error: grpc.RpcError) -> str:

@@ -20,6 +20,7 @@ from engram_store.errors import (
 )
 from engram_store.types import GradientBlock, Inverse, RowBlock, RowIds, TokenIds
 from engram_store.v1 import store_pb2 as pb
+from engram_store_client.remote.incoming import INVERSE, ROW_IDS, ROWS, WantedRows
 from engram_store_client.remote.pending import Pending
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ReceivedRows:
-    """One layer's rows; memory of the message, or of a slot until the window is closed."""
+    """One layer's rows: memory of their own, or of a slot until the window is closed."""
 
     row_ids: RowIds
     rows: RowBlock
@@ -65,6 +66,8 @@ class RemoteWindow:
     _asked: dict[int, Pending] = field(default_factory=dict)
     _received: dict[int, ReceivedRows] = field(default_factory=dict)
     _row_ids: dict[int, RowIds] = field(default_factory=dict)
+    _rooms: dict[int, NDArray[np.float32]] = field(default_factory=dict)
+    """Memory for gradients that was asked for, by layer."""
 
     def _check(self, layer: int) -> None:
         """Raises: as every method of the window does."""
@@ -74,13 +77,13 @@ class RemoteWindow:
         if layer not in self.session.tables:
             raise UnknownLayerError(layer, sorted(self.session.tables))
 
-    def announce(self) -> None:
+    def send(self) -> None:
         """Tell the store; of a training window, ask for all rows. Waits for nothing."""
         announce = pb.Announce(
             window=self.number,
-            tokens=wire.encode_array(self.tokens),
+            tokens=wire.encode_array(_narrow(self.tokens)),
             step=self.step,
-            context=_optional(self.context),
+            context=None if self.context is None else wire.encode_array(_narrow(self.context)),
             attention_mask=_optional(self.attention_mask),
         )
         request = pb.SessionRequest(announce=announce)
@@ -97,27 +100,30 @@ class RemoteWindow:
     def _request_rows(self, layer: int) -> None:
         read = pb.Read(window=self.number, layer=layer)
         request = pb.SessionRequest(read=read)
-        self._asked[layer] = self.session.connection.send(request, self.number)
+        shape = (*self.tokens.shape, self.session.recipe.columns)
+        wanted = WantedRows(self.session.tables[layer], shape)
+        self._asked[layer] = self.session.connection.send(request, self.number, wanted=wanted)
 
     def _receive(self, layer: int) -> ReceivedRows:
         if layer in self._received:
             return self._received[layer]
+        self.session.wait_until_sent(self)
         if layer not in self._asked:
             self._request_rows(layer)
-        self._confirm_announced()
         asked = f"rows of layer {layer} for a window of step {self.step}"
-        response = self.session.connection.result(self._asked[layer], asked, works=True)
-        slots = self._asked[layer].slots
-        received = _decode_rows(response.rows, None if slots is None else slots.view)
+        try:
+            response = self.session.connection.result(self._asked[layer], asked, works=True)
+        except WindowClosedError:
+            self._confirm_announced()  # why there is no such window
+            raise
+        received = _decode_rows(response.rows, self._asked[layer])
         return self._received.setdefault(layer, received)
 
     def row_ids(self, layer: int) -> RowIds:
         """See `session.Window.row_ids`."""
         self._check(layer)
-        if layer in self._received:
-            return self._received[layer].row_ids
-        if self.step == self.session.step:
-            return self._receive(layer).row_ids
+        if layer in self._received or self.step == self.session.step:
+            return self._receive(layer).row_ids.copy()
         # The store answers when the step comes, or with rows as they are now: hash them here.
         if layer not in self._row_ids:
             self._row_ids[layer], _ = LookupScratch().look_up(
@@ -126,7 +132,7 @@ class RemoteWindow:
         return self._row_ids[layer]
 
     def rows(self, layer: int) -> tuple[RowBlock, Inverse]:
-        """See `session.Window.rows`. From messages, both arrays are read-only."""
+        """See `session.Window.rows`. Both arrays are read-only."""
         self._check(layer)
         if self.step is not None and self.step != self.session.step:
             raise StepGapError(self.step, self.session.step)
@@ -139,6 +145,18 @@ class RemoteWindow:
         used = self._used if self._used or self.pushed else set(self.session.tables)
         return used - self.pushed.keys()
 
+    def gradient_buffer(self, layer: int) -> NDArray[np.float32]:
+        """See `session.Window.gradient_buffer`: shared memory, where it is used."""
+        self._check(layer)
+        if self.step is None:
+            raise ReadOnlyError("the window was announced without a step; it takes no gradients")
+        if layer not in self._rooms:
+            shape = (self.row_ids(layer).size, self.session.tables[layer].dim)
+            needed = 4 * shape[0] * shape[1]
+            room = self.session.connection.lend(self.number, needed)
+            self._rooms[layer] = room[:needed].view(np.float32).reshape(shape)
+        return self._rooms[layer]
+
     def push(self, layer: int, gradients: GradientBlock) -> None:
         """See `session.Window.push`. A store that comes back is sent the same array again."""
         self._check(layer)
@@ -149,8 +167,10 @@ class RemoteWindow:
         spec, row_ids = self.session.tables[layer], self.row_ids(layer)
         # The store checks the same again; here it costs no round trip.
         part = check_part(spec, self.step, row_ids, gradients)
+        self.session.wait_until_sent(self)
+        placed = self.session.connection.place(self.number, gradients)
         push = pb.SessionRequest(push=pb.Push(window=self.number, layer=layer))
-        request = self.session.connection.send(push, self.number, gradients)
+        request = self.session.connection.send(push, self.number, placed)
         self.pushed[layer] = Pushed(request, part.rows, part.bad)
 
     def confirm_pushes(self) -> None:
@@ -158,6 +178,8 @@ class RemoteWindow:
 
         Raises: EngramStoreError: it refused one, which may be pushed again.
         """
+        if self.announced is None:  # waits for credit: nothing was pushed
+            return
         self._confirm_announced()
         for layer, pushed in list(self.pushed.items()):
             asked = f"take the gradient of layer {layer} at step {self.step}"
@@ -185,12 +207,42 @@ def _optional(array: NDArray[Any] | None) -> pb.Array | None:
     return None if array is None else wire.encode_array(array)
 
 
-def _decode_rows(message: pb.Rows, read_slot: wire.ReadSlot | None) -> ReceivedRows:
-    row_ids, rows, inverse = (
-        wire.decode_array(array, read_slot)
-        for array in (message.row_ids, message.rows, message.inverse)
-    )
-    return ReceivedRows(row_ids, rows, inverse)
+def _narrow(ids: TokenIds) -> NDArray[Any]:
+    """Half the bytes, where that changes no id."""
+    narrow = ids.astype(np.int32)
+    return narrow if np.array_equal(narrow, ids) else ids
+
+
+def _decode_rows(message: pb.Rows, asked: Pending) -> ReceivedRows:
+    read_slot = None if asked.slots is None else asked.slots.view
+    decoded = [
+        wire.decode_array(array, read_slot, asked.arrays.get(number))
+        for number, array in (
+            (ROW_IDS, message.row_ids),
+            (ROWS, message.rows),
+            (INVERSE, message.inverse),
+        )
+    ]
+    for array in decoded:
+        array.flags.writeable = False
+    received = ReceivedRows(*decoded)
+    assert asked.wanted is not None
+    _check_below(received.row_ids, asked.wanted.spec.rows, "row ids of a table of")
+    _check_below(received.inverse, received.row_ids.size, "positions among")
+    return received
+
+
+def _check_below(ids: NDArray[np.int32], limit: int, what: str) -> None:
+    """A trainer indexes with them, and a GPU that is told to go too far is lost.
+
+    Raises: ProtocolError.
+    """
+    # One pass: what is negative is huge without its sign.
+    if ids.size and int(ids.view(np.uint32).max()) >= limit:
+        raise ProtocolError(
+            f"the store answered with {what} {limit:,} rows that reach from {int(ids.min()):,} to "
+            f"{int(ids.max()):,}; it or the connection is broken, connect again"
+        )
 
 
 def count_rows(pushed: Iterable[Pushed]) -> tuple[int, int]:

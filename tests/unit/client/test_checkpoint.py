@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import json
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,22 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     for metadata in ({}, {"engram_config": "{"}, {"engram_config": "{}"}):
         save_file({"x": torch.zeros(1)}, path, metadata)
         with pytest.raises(ForeignFileError):
+            memory.load(tmp_path)
+    fine = {"store_id": "ab" * 16, "step": 7, "digest": "cd" * 32}
+    described = {"version": 1, "step": 7, "store": fine, "gates": {}}
+    changes: tuple[dict[str, object], ...] = (
+        {"step": "seven"},
+        {"step": 7.0},
+        {"gates": []},
+        {"store": []},
+        {"store": {**fine, "store_id": 5}},
+        {"store": {**fine, "step": True}},
+        {"store": {**fine, "digest": None}},
+    )
+    texts = [json.dumps({**described, **change}) for change in changes]
+    for text in (*texts, "[" * 5_000, "[]"):
+        save_file({"x": torch.zeros(1)}, path, {"engram_config": text})
+        with pytest.raises(ForeignFileError, match="save_pretrained"):
             memory.load(tmp_path)
     save_file({"x": torch.zeros(1)}, path, {"engram_config": '{"version": 2}'})
     with pytest.raises(UnknownVersionError, match="format 2"):

@@ -1,11 +1,13 @@
 """Sessions with a store process: waiting, breaking, coming back, and what is refused."""
 
+import errno
 import itertools
 import os
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 import engram_store
 from engram_store import wire
 from engram_store.errors import (
+    CapacityError,
     ConfigError,
     DeadlineError,
     ProtocolError,
@@ -38,6 +41,7 @@ from tests.pairs import (
 )
 from tests.servers import serving
 
+SECONDS = 30.0
 _SMALL = [("grpc.max_receive_message_length", 8_000), ("grpc.use_local_subchannel_pool", 1)]
 
 
@@ -224,23 +228,24 @@ def test_a_request_that_no_message_holds_is_refused_here(
     session: RemoteSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the wire it would break the stream, and break it again when it is sent again."""
-    monkeypatch.setattr(wire, "MAX_MESSAGE_BYTES", 10_000)
-    with pytest.raises(ProtocolError, match=r"has 16,\d\d\d bytes.*fewer tokens"):
+    monkeypatch.setattr(wire, "MAX_MESSAGE_BYTES", 5_000)
+    with pytest.raises(ProtocolError, match=r"has 8,\d\d\d bytes.*fewer tokens"):
         session.announce(np.zeros((2, 1000), np.int64))
 
     assert session.snapshot().step == 0
 
 
 def test_an_answer_that_no_message_holds_ends_the_session(
-    session: RemoteSession, monkeypatch: pytest.MonkeyPatch
+    address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With gRPC's reason; coming back would only repeat it."""
-    monkeypatch.setattr("engram_store_client.remote.stream._CHANNEL_OPTIONS", _SMALL)
-    break_stream(session)
-    window = session.announce(random_tokens(np.random.default_rng(0), (4, 100)))
+    with RemoteSession(address, options=RemoteOptions(shared_memory=False)) as session:
+        monkeypatch.setattr("engram_store_client.remote.stream._CHANNEL_OPTIONS", _SMALL)
+        break_stream(session)
+        window = session.announce(random_tokens(np.random.default_rng(0), (4, 100)))
 
-    with pytest.raises(ProtocolError, match="RESOURCE_EXHAUSTED"):
-        window.rows(1)
+        with pytest.raises(ProtocolError, match="RESOURCE_EXHAUSTED"):
+            window.rows(1)
 
 
 # ---------------------------------------------------------------------- refusing
@@ -282,17 +287,23 @@ def test_leaving_makes_room_for_the_next_trainer(address: str) -> None:
             session.announce(np.array([[1, 2]]), session.step)
 
 
-def test_a_window_that_the_store_refuses_says_why(
-    session: RemoteSession, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_window_that_the_store_refuses_says_why(session: RemoteSession, store: Store) -> None:
     """When its rows or their ids are asked for; closing it leaves it out of its step."""
-    monkeypatch.setattr("engram_store_server.session.MAX_OPEN_WINDOWS", 1)
-    tokens = np.array([[1, 2, 3]])
-    with session.announce(tokens):
-        refused = session.announce(tokens, 0)
+    with session.announce(np.array([[1, 2, 3]])) as kept:
+        assert len(kept.rows(1)[0])
+        before = store.announce
+
+        def refuse(*_arguments: Any, **_more: Any) -> Any:
+            raise CapacityError(errno.ENOSPC, "no room for it")
+
+        store.announce = refuse  # type: ignore[method-assign]
+        refused = session.announce(np.array([[1, 2, 3]]), 0)
         for call in (refused.rows, refused.row_ids):
-            with pytest.raises(ProtocolError, match="1 windows are open"):
+            with pytest.raises(CapacityError, match="no room for it"):
                 call(1)
+        with pytest.raises(CapacityError, match="no room for it"):
+            session.gradient_norm()
+        store.announce = before  # type: ignore[method-assign]
         refused.close()
         assert session.commit(0, 0.1).step == 0
 
@@ -300,10 +311,20 @@ def test_a_window_that_the_store_refuses_says_why(
 def test_a_socket_that_is_not_there_is_named(tmp_path: Path) -> None:
     """With what to start."""
     with pytest.raises(StoreUnreachableError, match=r"nothing\.sock.*engram-store serve"):
-        connect(f"unix:{tmp_path}/nothing.sock")
+        connect(f"unix:{tmp_path}/nothing.sock", connect_seconds=0)
 
 
-@pytest.mark.parametrize("options", [{"patience": 3}, {"reconnect_seconds": -1}, {"mode": "read"}])
+def test_a_store_that_is_still_starting_is_waited_for(store: Store) -> None:
+    with tempfile.TemporaryDirectory() as short, ThreadPoolExecutor(1) as pool:
+        address = f"unix:{short}/store.sock"
+        coming = pool.submit(connect, address)
+        assert not threading.Event().wait(0.2)
+        assert not coming.done()
+        with serving(store, address):
+            coming.result(SECONDS).close()
+
+
+@pytest.mark.parametrize("options", [{"patience": 3}, {"reconnect_seconds": -1}, {"mode": "x"}])
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         connect("unix:/nowhere.sock", **options)

@@ -7,6 +7,7 @@ from typing import Self
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from engram_store.errors import ProtocolError
 from engram_store.types import GradientBlock, Inverse, RowBlock, RowDtype, RowIds, TableSpec
@@ -32,6 +33,9 @@ class FakeWindow:
 
     def rows(self, layer: int) -> tuple[RowBlock, Inverse]:
         return self.block, self.inverse
+
+    def gradient_buffer(self, layer: int) -> NDArray[np.float32]:
+        return np.zeros((3, 2), np.float32)
 
     def push(self, layer: int, gradients: GradientBlock) -> None:
         self.pushed.append((layer, gradients))

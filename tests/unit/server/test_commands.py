@@ -40,12 +40,32 @@ def test_config_show_tells_every_value_and_its_origin(
     assert not (tmp_path / "a.engram").exists()
 
 
+def test_tls_files_are_not_touched_by_looking(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shown as they are given; only `serve` reads them, and refuses before it makes anything."""
+    files = ("--tls-cert", "a.pem", "--tls-key", "a.key", "--tls-client-ca", tmp_path / "ca.pem")
+    arguments = (tmp_path, "--tcp", "0.0.0.0:7070", *files)
+
+    assert run("config", "show", *arguments, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert run("serve", *arguments) == 2
+    message = capsys.readouterr().err
+
+    assert report["tls_cert"] == {"value": "a.pem", "origin": "--tls-cert"}
+    assert report["tls_client_ca"]["value"] == str(tmp_path / "ca.pem")
+    assert report["session_bytes"] == {"value": 4 << 30, "origin": "default"}
+    assert f"tls_client_ca: {tmp_path / 'ca.pem'} cannot be read: No such file" in message
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("content", "part"),
     [
         ("tcp = ", "cannot be read"),
         ("max_session = 3", "did you mean max_sessions?"),
         ("[serve]\ntcp = 'x'", "unknown setting 'serve'"),
+        ("a = " + "[" * 5_000, "nested too deeply"),
         (None, "No such file"),
     ],
 )
@@ -64,10 +84,12 @@ def test_a_bad_configuration_file_is_refused(
 def test_a_directory_without_a_store_is_not_served(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit code 3, and nothing is made there."""
-    assert run("serve", tmp_path) == 3
-    assert "no store here" in capsys.readouterr().err
-    assert not any(tmp_path.iterdir())
+    """Exit code 3, and nothing is made there. One that is empty is: stores can be made in it."""
+    (tmp_path / "notes.txt").touch()
+    for directory in (tmp_path, tmp_path / "absent"):
+        assert run("serve", directory) == 3
+        assert "no store here" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_serving_without_grpc_names_what_to_install(tmp_path: Path) -> None:

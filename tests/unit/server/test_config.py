@@ -1,17 +1,20 @@
 """Where the settings of a store process come from, and what is refused."""
 
 import inspect
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from engram_store import wire
 from engram_store.errors import ConfigError
 from engram_store_server import commands
 from engram_store_server.config import RULES, ServerConfig, load_config
+from engram_store_server.limits import SessionLimits
 
 DIR = {"data_dir": Path("a.engram")}
+TLS = {"tls_cert": "a.pem", "tls_key": "a.key", "tls_client_ca": "ca.pem"}
 
 
 def test_each_source_wins_over_the_ones_before() -> None:
@@ -97,7 +100,11 @@ def test_service_links_are_not_settings() -> None:
         ({"max_message_bytes": 1 << 31}, {}, DIR, ("max_message_bytes is 2147483648", "to 2,1")),
         ({"fold_ratio": float("inf")}, {}, DIR, ("fold_ratio is inf", "number, 0.01 to")),
         ({}, {}, {}, ("data_dir is not set", "ENGRAM_STORE_DATA_DIR")),
+        ({"fold_ratio": 10**400}, {}, DIR, ("fold_ratio is 1000", "number, 0.01 to")),
         ({}, {}, {"data_dir": Path("d" * 100)}, ("socket", "at most 107 bytes")),
+        ({}, {}, {**DIR, "socket": Path("/a%20b")}, ("'/a%20b' (--socket)", "gRPC reads as parts")),
+        ({"socket": "/run/what?"}, {}, DIR, ("'/run/what?'", "without %, ? and #")),
+        ({}, {}, {"data_dir": Path("/a#1")}, ("/a#1/run/store.sock' (its default; choose one)",)),
     ],
 )
 def test_a_mistake_is_refused_by_name(
@@ -111,19 +118,83 @@ def test_a_mistake_is_refused_by_name(
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("tcp", ["127.0.0.1:7070", "127.1.2.3:0", "[::1]:7070", "localhost:1"])
-def test_loopback_addresses_need_insecure(tcp: str) -> None:
-    """There is no TLS yet, so it is never on by accident."""
-    with pytest.raises(ConfigError, match="--insecure"):
+LOOPBACK = ("127.0.0.1:7070", "127.1.2.3:0", "[::1]:7070", "localhost:1")
+ANYWHERE = ("0.0.0.0:7070", "[::]:7070", "10.0.0.1:7070", "example.org:1")
+
+
+@pytest.mark.parametrize("tcp", LOOPBACK)
+def test_loopback_addresses_need_tls_or_insecure(tcp: str) -> None:
+    """Plain text is never served by accident."""
+    with pytest.raises(ConfigError, match="give tls_cert, tls_key and tls_client_ca, or add --ins"):
         ServerConfig(data_dir=Path("a"), tcp=tcp)
     assert ServerConfig(data_dir=Path("a"), tcp=tcp, insecure=True).tcp == tcp
 
 
-@pytest.mark.parametrize("tcp", ["0.0.0.0:7070", "[::]:7070", "10.0.0.1:7070", "example.org:1"])
-def test_other_addresses_wait_for_tls(tcp: str) -> None:
+@pytest.mark.parametrize("tcp", ANYWHERE)
+def test_other_addresses_need_tls(tcp: str) -> None:
     """Also with insecure."""
-    with pytest.raises(ConfigError, match="without TLS, which a later version brings"):
+    with pytest.raises(ConfigError, match=r"without TLS only a loopback .*; give tls_cert"):
         ServerConfig(data_dir=Path("a"), tcp=tcp, insecure=True)
+
+
+@pytest.mark.parametrize("tcp", [*LOOPBACK, *ANYWHERE])
+def test_with_tls_any_address_will_do(tcp: str) -> None:
+    """The three files come from wherever settings come from; they are not looked at here."""
+    env = {"ENGRAM_STORE_TLS_KEY": "a.key", "ENGRAM_STORE_TLS_CERT": ""}
+    file = {"tcp": tcp, "tls_cert": "a.pem"}
+
+    config, _ = load_config(file, env, {**DIR, "tls_client_ca": Path("ca.pem")})
+
+    assert config.tls
+    assert (config.tls_cert, config.tls_key) == (Path("a.pem"), Path("a.key"))
+    assert not ServerConfig(data_dir=Path("a")).tls
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"tls_cert": "a"}, ("tls_cert without tls_key and tls_client_ca; TLS takes all three",)),
+        ({"tls_cert": "a", "tls_key": "b"}, ("tls_cert and tls_key without tls_client_ca",)),
+        ({"tls_client_ca": "a"}, ("tls_client_ca without tls_cert and tls_key",)),
+        ({**TLS, "insecure": True}, ("insecure and tls_cert contradict", "leave out insecure")),
+        (TLS, ("tls_cert is set, but not tcp", "add --tcp HOST:PORT")),
+        ({**TLS, "tls_key": 5}, ("tls_key is 5 (file); allowed is a path",)),
+    ],
+)
+def test_tls_settings_go_together(settings: dict[str, Any], parts: tuple[str, ...]) -> None:
+    """Half of them would be no protection, or none that is used."""
+    tcp = {} if settings == TLS else {"tcp": "127.0.0.1:0"}
+    with pytest.raises(ConfigError) as caught:
+        load_config({**settings, **tcp}, {}, DIR)
+
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_limits_of_sessions_are_settings() -> None:
+    """With the same defaults."""
+    changed = SessionLimits(
+        hello_seconds=1.5, handover_seconds=0.0, session_bytes=1 << 30, open_windows=3
+    )
+
+    config, _ = load_config(asdict(changed), {}, DIR)
+
+    assert config.limits == changed
+    assert ServerConfig(data_dir=Path("a")).limits == SessionLimits()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"hello_seconds": 0}, {"handover_seconds": -1}, {"session_bytes": 1000}, {"open_windows": 0}],
+)
+def test_limits_that_leave_no_room_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"allowed is a .*number"):
+        load_config(settings, {}, DIR)
+
+
+def test_a_message_is_as_large_as_a_trainer_sends_it() -> None:
+    """The default of the process is what clients assume."""
+    assert ServerConfig(data_dir=Path("a")).max_message_bytes == wire.MAX_MESSAGE_BYTES
 
 
 @pytest.mark.parametrize(

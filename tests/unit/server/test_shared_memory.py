@@ -67,7 +67,7 @@ def test_a_wrong_token_gets_nothing_and_disturbs_nobody(
     address: str, recipe: Recipe, token: bytes
 ) -> None:
     with RemoteSession(address) as session, knock(address, token) as stranger:
-        assert slots.receive_slot(stranger) is None
+        assert slots.receive_packet(stranger, 0) is None
         Pair(session, make_oracle(recipe, INITIAL)).train(1)
 
 
@@ -80,7 +80,7 @@ def test_a_slot_that_was_never_sent_is_refused_and_the_store_lives(
         rows, _ = window.rows(1)
         lie = wire.encode_array(
             np.zeros(rows.shape, np.float32),
-            pb.SlotRange(slot=99, length=rows.size * 4),
+            slots.SlotRange(99, 0, rows.size * 4, 1),
         )
         push = pb.Push(window=window.number, layer=1, gradients=lie)
         request = session.connection.send(pb.SessionRequest(push=push))
@@ -97,9 +97,11 @@ def test_memory_that_a_trainer_could_truncate_is_refused_and_the_store_lives(
     with RemoteSession(address) as liar:
         stream = liar.connection.current_stream()
         assert stream.slots is not None
+        channel = stream.slots.exchange._channel
+        assert channel is not None
         fd = os.memfd_create("liar")
-        os.ftruncate(fd, 4096)
-        slots.send_slot(stream.slots._channel, 1, 4096, fd)
+        os.ftruncate(fd, 8192)
+        slots.send_slot(channel, 1, 4096, fd)
         os.close(fd)
     with RemoteSession(address) as session:
         Pair(session, make_oracle(recipe, INITIAL)).train(2)
