@@ -13,6 +13,7 @@ disk.fail(errno.ENOSPC, at=3)  # the third operation from here
 import errno
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ class Operation:
     """Numbers the file that `create` made, whatever its names become."""
 
 
-class _Watched(Disk):
+class _Watched(Disk, ABC):
     """Sees every operation before it is done; knows which file a descriptor is of."""
 
     def __init__(self) -> None:
@@ -62,8 +63,9 @@ class _Watched(Disk):
         self._open: dict[int, tuple[Path, int]] = {}
         self._files = 0
 
+    @abstractmethod
     def _do(self, operation: Operation, action: Callable[[], _T]) -> _T:
-        raise NotImplementedError
+        """Do an operation, or not; on the thread that asks for it."""
 
     def _file(self, fd: int) -> tuple[Path, int]:
         # Files that were not made here are synced once, when a store is created.

@@ -17,6 +17,7 @@ import pytest
 from engram_store.recipes import Recipe
 from engram_store_client import connect
 from engram_store_client.remote import RemoteSession
+from tests.integration.homes import HomeProcess
 from tests.integration.serving import SECONDS, StoreProcess, connected, health
 from tests.pairs import INITIAL, MakeStore, Pair, make_oracle
 
@@ -36,6 +37,21 @@ for window in windows[1:]:
     assert len(window.rows(1)[0])
 np.testing.assert_array_equal(windows[0].rows(1)[0], expected)
 print("read", flush=True)
+"""
+
+
+TRAINER = """
+import sys
+import numpy as np
+from engram_store_client import connect
+session = connect(sys.argv[1], store=sys.argv[2])
+window = session.announce(np.arange(400).reshape(2, 200), 0)
+for layer in session.tables:
+    window.push(layer, np.ones(window.rows(layer)[0].shape, np.float32))
+print("in a step", flush=True)
+sys.stdin.readline()
+session.commit(0, 0.1)
+print("committed", session.step, flush=True)
 """
 
 
@@ -119,6 +135,38 @@ def test_a_stopped_trainer_leaves_readers_and_health_alone(process: StoreProcess
         trainer.communicate()
     with connect(f"unix:{process.socket}") as session:
         session.commit(0, 0.1)
+
+
+@pytest.mark.parametrize("over", ["unix", "tcp"])
+def test_a_stopped_trainer_delays_no_trainer_of_another_store(
+    make_store: MakeStore, recipe: Recipe, tmp_path: Path, over: str
+) -> None:
+    """Both in one process; stopped in a step, it finishes the step when it is continued."""
+    make_store("a")
+    make_store("b")
+    home = HomeProcess(tmp_path, "--tcp", "127.0.0.1:0", "--insecure")
+    address = home.url if over == "unix" else home.tcp
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", TRAINER, address, "a.engram"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert trainer.stdin is not None
+    assert trainer.stdout is not None
+    try:
+        assert trainer.stdout.readline() == "in a step\n"
+        trainer.send_signal(signal.SIGSTOP)
+        with connect(home.url, store="b.engram") as session:
+            pair = Pair(session, make_oracle(recipe, INITIAL))
+            pair.train(20)
+
+        trainer.send_signal(signal.SIGCONT)
+        trainer.stdin.write("\n")
+        trainer.stdin.flush()
+        assert trainer.stdout.readline() == "committed 1\n"
+    finally:
+        trainer.kill()
+        trainer.communicate()
+        home.kill()
 
 
 def test_silent_connections_are_ended_and_cost_little(
