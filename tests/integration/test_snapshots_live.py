@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from tests.unit.client import tiny
 HERE = Path(__file__).parent
 EXPORTS = 8
 KILLED = -9
+SECONDS = 120.0
 
 
 class Oracle:
@@ -65,13 +67,25 @@ def trainer(
         process.kill()
 
 
+def wait_for_newer(path: Path, steps: list[int]) -> None:
+    """After the first export and in the middle: a new machine compiles kernels before it trains."""
+    if len(steps) not in (1, EXPORTS // 2):
+        return
+    for _ in range(int(SECONDS / 0.01)):
+        if max(StorePaths(path).snapshot_steps(), default=0) > steps[-1]:
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError(f"no snapshot after step {steps[-1]} in {SECONDS:g} s")
+
+
 def test_exports_beside_training_are_exactly_its_snapshots(
     trainer: "tuple[Path, subprocess.Popen[str]]", tmp_path: Path, recipe: Recipe
 ) -> None:
     """The newest is exported while it is removed, folded and sealed; every export is whole."""
     path, process = trainer
-    oracle, steps = Oracle(recipe), []
+    oracle, steps = Oracle(recipe), list[int]()
     for number in range(EXPORTS):
+        wait_for_newer(path, steps)
         target = tmp_path / f"export-{number}"
         if number % 4 == 3:
             snapshots.pin(path, "newest", f"pin-{number}")
