@@ -232,7 +232,7 @@ class RequestHandlers:
         view = None if self._slots is None else self._slots.exchange.view
         try:
             # Not copied: what could hurt the store, shapes and row ids, is not in there. The
-            # values are checked now, and read once more when they are applied.
+            # values are checked now, and read again when they are applied.
             received = self._gradients.hand_over(request.window, request.layer)
             window.push(request.layer, wire.decode_array(request.gradients, view, received))
         except EngramStoreError as error:
