@@ -11,13 +11,14 @@ from typing import Any
 from engram_store.engine.merge import MERGED
 from engram_store.errors import ConfigError, EngramStoreError
 from engram_store.layout.disk import Disk
+from engram_store.layout.documents import whole
 from engram_store.layout.files import remove_tree, sync_directory
 from engram_store.layout.manifest import Manifest
 from engram_store.layout.metadata import StoreMetadata
 from engram_store.layout.paths import StorePaths
 from engram_store.layout.pins import pins_by_step, read_pins
 from engram_store.layout.snapshots import find_snapshot, remove_snapshot
-from engram_store.layout.usage import freed_bytes
+from engram_store.layout.usage import a_list, freed_bytes, named_number, texts
 
 _logger = logging.getLogger(__name__)
 _GENERATION = re.compile(r"g(\d{4,})")
@@ -52,14 +53,23 @@ def decode_report(described: Any) -> GarbageReport:
 
     Raises: KeyError, TypeError, ValueError, AttributeError: JSON values of another kind.
     """
+    removed, kept, in_use = (
+        tuple(whole(step, name) for step in a_list(described[name], name))
+        for name in ("removed", "kept", "in_use")
+    )
+    if not isinstance(described["dry_run"], bool):
+        raise TypeError(f"dry_run is {described['dry_run']!r:.100}, not true or false")
     return GarbageReport(
-        removed=tuple(map(int, described["removed"])),
-        kept=tuple(map(int, described["kept"])),
-        pinned={int(s): tuple(map(str, names)) for s, names in described["pinned"].items()},
-        in_use=tuple(map(int, described["in_use"])),
-        directories=tuple(map(str, described["directories"])),
-        freed_bytes=int(described["freed_bytes"]),
-        dry_run=bool(described["dry_run"]),
+        removed=removed,
+        kept=kept,
+        pinned={
+            named_number(step, "step"): texts(names, "pinned")
+            for step, names in described["pinned"].items()
+        },
+        in_use=in_use,
+        directories=texts(described["directories"], "directories"),
+        freed_bytes=whole(described["freed_bytes"], "freed_bytes"),
+        dry_run=described["dry_run"],
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from engram_store.errors import ConfigError, ForeignFileError
 from engram_store.layout import checksums
 from engram_store.layout.disk import Disk
-from engram_store.layout.documents import encode_document, parse_json, read_document, whole
+from engram_store.layout.documents import encode_document, read_document, read_json, whole
 from engram_store.layout.files import check_length, replace_file, write_file
 from engram_store.layout.paths import StorePaths
 from engram_store.types import TableSpec
@@ -194,7 +194,7 @@ def check_array_metadata(generation: Path, array: ArrayLayout) -> None:
     """
     path = generation / array.name / "zarr.json"
     try:
-        metadata = parse_json(path.read_bytes())
+        metadata = read_json(path)
         # Ours have two bytes at least, so that the order of bytes is always written down.
         codecs = [
             (codec["name"], codec.get("configuration", {}).get("endian"))

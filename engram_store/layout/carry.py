@@ -78,6 +78,8 @@ class Carrier:
 
     def _link(self, source: Path, target: Path) -> bool:
         """Whether the target is a link to the source now."""
+        if source.is_symlink():  # the new name would need what it leads to, as the old one does
+            return False
         try:
             with disk_errors(target):
                 self._disk.link(source, target)
@@ -129,9 +131,9 @@ class Carrier:
         except FileNotFoundError:
             raise StoreFileError(named, "is missing") from None
         except OSError as error:
-            if isinstance(error, StoreFileError) or error.errno != errno.EIO:
+            if isinstance(error, StoreFileError) or error.errno not in (errno.EIO, errno.EISDIR):
                 raise
-            raise StoreFileError(named, f"cannot be read ({os.strerror(errno.EIO)})") from error
+            raise StoreFileError(named, f"cannot be read ({os.strerror(error.errno)})") from error
 
 
 def _read_whole(fd: int, buffer: NDArray[np.uint8]) -> int:

@@ -1,8 +1,10 @@
 """JSON documents that carry their own digest: manifests and descriptions of sealed files."""
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,26 @@ def parse_json(data: bytes | str) -> Any:
         return json.loads(data)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        ValueError: it is no JSON, no file, or larger than any of ours.
+        FileNotFoundError, NotADirectoryError, PermissionError: it cannot be read.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError("it is a link that leads back to itself") from None
+        raise
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is no file")  # to read a pipe would never end
+    if found.st_size > _MAX_BYTES:
+        raise ValueError(f"it has {found.st_size:,} bytes, more than any of ours")
+    return parse_json(path.read_bytes())
 
 
 def whole(value: Any, what: str, at_least: int = 0, below: int = 1 << 63) -> int:
@@ -65,9 +87,7 @@ def read_document(path: Path, kind: str) -> tuple[dict[str, Any], str]:
         ChecksumError: the content does not match its digest.
     """
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ForeignFileError(path, f"is larger than any {kind}")
-        body = parse_json(path.read_bytes())
+        body = read_json(path)
     except ValueError as error:
         raise ForeignFileError(
             path, f"is not JSON ({error}); it was cut off or is foreign"

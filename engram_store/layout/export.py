@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import numpy as np
 from engram_store.errors import (
     ConfigError,
     DiskFullError,
+    ForeignFileError,
     SnapshotMismatchError,
     StoreExistsError,
     StoreFileError,
@@ -38,6 +39,7 @@ from engram_store.layout.create import Progress
 from engram_store.layout.disk import Disk
 from engram_store.layout.documents import encode_document, read_document
 from engram_store.layout.files import (
+    check_length,
     disk_errors,
     make_directory,
     remove_tree,
@@ -55,8 +57,11 @@ from engram_store.layout.manifest import (
 )
 from engram_store.layout.metadata import StoreMetadata
 from engram_store.layout.paths import StorePaths
-from engram_store.layout.segments import open_segment, read_segment_checksums
+from engram_store.layout.segments import SegmentFiles, open_segment, read_segment_checksums
 from engram_store.layout.snapshots import Wanted, counted_steps, held_snapshot
+from engram_store.layout.verify.blocks import BlockReader
+from engram_store.layout.verify.description import check_array_document, read_description
+from engram_store.layout.verify.report import Damage, FileKind
 from engram_store.session import SnapshotRef
 from engram_store.types import TableSpec
 
@@ -181,10 +186,12 @@ class _Export:
         self._old_id, self._manifest = metadata.store_id, manifest
         self._metadata = replace(metadata, store_id=uuid.uuid4().hex)
         self._read_bytes = 0
+        self._reader = BlockReader(lambda _: None)
 
     def run(
         self, ref: SnapshotRef, target: Path, *, copy: bool, progress: Progress | None
     ) -> ExportReport:
+        self._check_manifest(ref)
         specs = self._metadata.tables
         bases = {
             t.layer: read_base_description(
@@ -228,6 +235,28 @@ class _Export:
 
     # ------------------------------------------------------------------ what it needs
 
+    def _check_manifest(self, snapshot: SnapshotRef) -> None:
+        """Before room is looked for: what it says need not be so.
+
+        Raises: ForeignFileError: no store writes such a manifest. StoreFileError: a file of a
+            segment is missing or has another length.
+        """
+        for files in self._manifest.tables:
+            numbers = [segment.number for segment in files.segments]
+            if len(set(numbers)) < len(numbers):
+                raise ForeignFileError(
+                    self._source.snapshot(snapshot.step),
+                    f"names a segment of layer {files.layer} twice; export another snapshot",
+                )
+            for ref in files.segments:
+                segment = SegmentFiles(
+                    directory=self._source.segment(files.layer, ref.number),
+                    slots=ref.slots,
+                    spec=self._metadata.tables[files.layer],
+                )
+                for name, length in segment.lengths().items():
+                    check_length(segment.directory / name, length)
+
     def _data_bytes(self, files: TableFiles, base: BaseDescription) -> int:
         """Bytes of the data files of one table."""
         spec = self._metadata.tables[files.layer]
@@ -269,6 +298,9 @@ class _Export:
         token_map = self._metadata.recipe.token_map
         if token_map is not None:
             document = (self._source.token_map / "zarr.json").read_bytes()
+            _, damages = read_description(self._source, self._reader)
+            # Groups are written anew, so that it matters to nobody how they are.
+            self._refuse(damage for damage in damages if damage.kind is not FileKind.ZARR)
             self._write(self._new.token_map / "zarr.json", document)
             data = np.ascontiguousarray(token_map, "<i4").tobytes()
             self._write(self._new.token_map / "c" / "0", data)
@@ -301,30 +333,42 @@ class _Export:
     ) -> TableFiles:
         spec = self._metadata.tables[files.layer]
         for directory in (self._new.layer(spec.layer), self._new.layer(spec.layer) / "base"):
-            self._carry_group(directory)
-        self._carry_group(self._new.root / "layers")
+            self._make_group(directory)
+        self._make_group(self._new.root / "layers")
         digest = self._carry_base(carrier, spec, files.generation, base)
         segments = tuple(self._carry_segment(carrier, spec, ref) for ref in files.segments)
         return replace(files, base_digest=digest, segments=segments)
 
-    def _carry_group(self, directory: Path) -> None:
-        """An empty group where the source has one."""
-        document = directory / "zarr.json"
-        if (self._source.root / document.relative_to(self._new.root)).exists():
-            self._write(document, _group_document({}))
+    def _make_group(self, directory: Path) -> None:
+        """An empty group."""
+        self._write(directory / "zarr.json", _group_document({}))
+
+    def _refuse(self, damages: Iterable[Damage]) -> None:
+        """Metadata that the store does not need, and that other programs read, is carried too.
+
+        Raises: StoreFileError: some of it is damaged.
+        """
+        for damage in damages:
+            raise StoreFileError(
+                self._source.root / damage.file,
+                f"{damage.problem}; put back the file of a backup, or of another export",
+            )
 
     def _carry_base(
         self, carrier: Carrier, spec: TableSpec, generation: int, base: BaseDescription
     ) -> str:
         """One base generation; returns the digest of its new description."""
         old, new = (p.base(spec.layer, generation) for p in (self._source, self._new))
-        self._carry_group(new)
+        self._make_group(new)
         sums: dict[str, dict[int, checksums.Checksums]] = {}
         for array in table_arrays(spec):
             name = array.name
             if "/" in name:
-                self._carry_group(new / Path(name).parent)
-            self._write(new / name / "zarr.json", (old / name / "zarr.json").read_bytes())
+                self._make_group(new / Path(name).parent)
+            document = old / name / "zarr.json"
+            known_as = str(document.relative_to(self._source.root))
+            self._refuse(check_array_document(self._source, known_as, spec, array, self._reader))
+            self._write(new / name / "zarr.json", document.read_bytes())
             sums[name] = {}
             for chunk, expected in base.checksums[name].items():
                 seeds = tuple(

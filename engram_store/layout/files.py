@@ -55,6 +55,10 @@ def check_length(path: Path, expected: int) -> None:
         raise StoreFileError(
             path, f"is missing; its manifest says it has {expected} bytes"
         ) from None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise StoreFileError(path, "is a link that leads back to itself") from None
+        raise
     if size != expected:
         raise TruncatedTableError(path, size, expected)
 

@@ -198,6 +198,8 @@ def _table_files(table: dict[str, Any]) -> TableFiles:
         whole(segment.number, "number")
         whole(segment.slots, "slots", 1, 1 << 40)
         text(segment.digest, "digest")
+    if len({segment.number for segment in found.segments}) < len(found.segments):
+        raise ValueError("names a segment twice")
     return found
 
 

@@ -17,7 +17,7 @@ from engram_store.errors import (
     UnknownVersionError,
 )
 from engram_store.layout.arrays import MAX_DIM, MIN_CHUNK_ROWS, chunk_rows_limit
-from engram_store.layout.documents import FORMAT_VERSION, digest_of, parse_json, text, whole
+from engram_store.layout.documents import FORMAT_VERSION, digest_of, read_json, text, whole
 from engram_store.layout.files import check_length
 from engram_store.layout.paths import StorePaths
 from engram_store.recipes import Recipe
@@ -84,7 +84,7 @@ def read_metadata(paths: StorePaths) -> StoreMetadata:
         UnknownVersionError: written by a newer version.
     """
     try:
-        group = parse_json(paths.group.read_bytes())
+        group = read_json(paths.group)
     except (FileNotFoundError, NotADirectoryError):
         raise StoreNotFoundError(
             paths.root, "no store here; make one with `engram-store create` or engram_store.create"
@@ -169,7 +169,7 @@ def _read_token_map(paths: StorePaths) -> np.ndarray[Any, np.dtype[np.int32]] | 
         return None
     chunk = paths.token_map / "c" / "0"
     try:
-        size = whole(parse_json(metadata.read_bytes())["shape"][0], "shape", below=1 << 31)
+        size = whole(read_json(metadata)["shape"][0], "shape", below=1 << 31)
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ForeignFileError(metadata, f"is not the metadata of a Zarr array: {error}") from error
     check_length(chunk, 4 * size)

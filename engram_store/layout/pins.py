@@ -5,6 +5,7 @@ are made and removed while a process trains it.
 """
 
 import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,28 @@ def pin_names(paths: StorePaths) -> list[str]:
     return sorted(name for name in names if _NAME.fullmatch(name) and name != NEWEST)
 
 
+def _check_directory(directory: Path) -> None:
+    """What holds the pins is a directory, or is not there: then there is no pin.
+
+    Raises: StoreFileError: a link to nothing, say; there may be pins where it led to.
+    """
+    if os.path.lexists(directory) and not directory.is_dir():
+        raise StoreFileError(
+            directory,
+            "is no directory, so that it cannot be told which snapshots are pinned; put the "
+            "directory back (is a disk missing that it links to?), or remove the file",
+        )
+
+
+def _check_kinds(path: Path) -> None:
+    """A pin is a file; reading a pipe would wait for ever. Raises: StoreFileError."""
+    _check_directory(path.parent)
+    if os.path.lexists(path) and not path.is_file() and os.path.lexists(path):
+        raise StoreFileError(
+            path, "is no file, so that it cannot be told which snapshot is pinned; remove it"
+        )
+
+
 def read_pin(paths: StorePaths, store_id: str, name: str) -> Pin:
     """One pin.
 
@@ -77,12 +100,16 @@ def read_pin(paths: StorePaths, store_id: str, name: str) -> Pin:
         StoreFileError: its file is damaged, or of another store.
     """
     path = pin_file(paths, name)
-    if not path.exists():
+    _check_kinds(path)
+    try:
+        body, _ = read_document(path, _KIND)
+    except StoreFileError:
+        if os.path.lexists(path):
+            raise
         have = ", ".join(pin_names(paths)) or "none"
         raise SnapshotMismatchError(
             f"no snapshot of store {store_id} is pinned as {name!r}; its pins are: {have}"
-        )
-    body, _ = read_document(path, _KIND)
+        ) from None
     try:
         step, digest = whole(body["step"], "step"), text(body["snapshot"], "snapshot")
         owner = text(body["store_id"], "store_id"), text(body["name"], "name")
@@ -106,6 +133,12 @@ def read_pins(paths: StorePaths, store_id: str, *, skip_damaged: bool = False) -
         StoreFileError: one cannot be read; which snapshot it keeps is unknown.
     """
     pins = []
+    try:
+        _check_directory(pin_file(paths, "").parent)
+    except StoreFileError as error:
+        if not skip_damaged:
+            raise
+        _logger.warning("all pins are left out: %s", error)
     for name in pin_names(paths):
         try:
             pins.append(read_pin(paths, store_id, name))
@@ -131,8 +164,16 @@ def pins_by_step(pins: list[Pin]) -> dict[int, tuple[str, ...]]:
 
 
 def write_pin(paths: StorePaths, store_id: str, pin: Pin, disk: Disk) -> None:
-    """Make a pin, or move it, atomically and durably. Hold the snapshot (`hold_snapshot`)."""
+    """Make a pin, or move it, atomically and durably. Hold the snapshot (`hold_snapshot`).
+
+    Raises:
+        StoreFileError: a directory has its name, or what should hold pins is none.
+        DiskFullError, DiskFaultError: it is the old one or the new one.
+    """
     path = pin_file(paths, pin.name)
+    _check_directory(path.parent)
+    if path.is_dir():
+        _check_kinds(path)
     make_directory(path.parent, disk)
     content = {
         "store_id": store_id,
@@ -148,10 +189,11 @@ def remove_pin(paths: StorePaths, store_id: str, name: str, disk: Disk) -> None:
 
     Raises:
         ConfigError: no name of a pin. SnapshotMismatchError: nothing is pinned under it.
+        StoreFileError: a directory has its name, or what should hold pins is none.
     """
     check_pin_name(name)
     path = pin_file(paths, name)
-    if not path.exists():
+    if not os.path.lexists(path) or (path.is_dir() and not path.is_symlink()):
         read_pin(paths, store_id, name)
     remove_file(path, disk)
     sync_directory(path.parent, disk)

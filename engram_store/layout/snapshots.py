@@ -80,7 +80,7 @@ def locate_snapshot(
     try:
         manifest, digest = read_manifest(paths, step)
     except StoreFileError:
-        if paths.snapshot(step).exists():
+        if os.path.lexists(paths.snapshot(step)):
             raise
         raise absent from None  # removed since the steps were listed
     check_owner(paths.snapshot(step), manifest, store_id)

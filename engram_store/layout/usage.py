@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engram_store.errors import StoreFileError
+from engram_store.layout.documents import text, whole
 from engram_store.layout.manifest import Manifest, check_layers, check_owner, read_manifest
 from engram_store.layout.metadata import StoreMetadata
 from engram_store.layout.paths import StorePaths
@@ -61,18 +62,42 @@ def decode_snapshots(described: Any) -> list[SnapshotInfo]:
     """
     return [
         SnapshotInfo(
-            step=int(entry["step"]),
-            made=str(entry["made"]),
-            digest=str(entry["digest"]),
-            pins=tuple(map(str, entry["pins"])),
-            generations={int(layer): int(n) for layer, n in entry["generations"].items()},
-            segments={int(layer): int(n) for layer, n in entry["segments"].items()},
-            own_bytes=int(entry["own_bytes"]),
-            shared_bytes=int(entry["shared_bytes"]),
-            problem=str(entry["problem"]),
+            step=whole(entry["step"], "step"),
+            made=text(entry["made"], "made"),
+            digest=text(entry["digest"], "digest"),
+            pins=texts(entry["pins"], "pins"),
+            generations=_by_layer(entry["generations"], "generations"),
+            segments=_by_layer(entry["segments"], "segments"),
+            own_bytes=whole(entry["own_bytes"], "own_bytes"),
+            shared_bytes=whole(entry["shared_bytes"], "shared_bytes"),
+            problem=text(entry["problem"], "problem"),
         )
-        for entry in described
+        for entry in a_list(described, "snapshots")
     ]
+
+
+def a_list(value: Any, what: str) -> list[Any]:
+    """A list of a JSON text. Raises: TypeError for others: a text has items too."""
+    if not isinstance(value, list):
+        raise TypeError(f"{what} is {value!r:.100}, not a list")
+    return value
+
+
+def texts(value: Any, what: str) -> tuple[str, ...]:
+    """A list of texts. Raises: TypeError, ValueError."""
+    return tuple(text(entry, what) for entry in a_list(value, what))
+
+
+def named_number(name: str, what: str) -> int:
+    """A number that is a name in a JSON object. Raises: ValueError: it is written otherwise."""
+    number = whole(int(name), what)
+    if str(number) != name:
+        raise ValueError(f"{what} is {name!r:.100}, not a whole number")
+    return number
+
+
+def _by_layer(described: Any, what: str) -> dict[int, int]:
+    return {named_number(layer, "layer"): whole(n, what) for layer, n in described.items()}
 
 
 @dataclass(slots=True)

@@ -1,11 +1,12 @@
 """Unary calls: what people and tools ask of a store beside its trainers."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
@@ -37,7 +38,7 @@ from engram_store.layout.verify import verify_store
 from engram_store.session import SnapshotRef
 from engram_store.v1 import store_pb2 as pb
 from engram_store.v1 import store_pb2_grpc as pb_grpc
-from engram_store_server.stores import Stores
+from engram_store_server.stores import ServedStore, Stores
 
 _STATUS: tuple[tuple[type[EngramStoreError], grpc.StatusCode], ...] = (
     (TokenRangeError, grpc.StatusCode.OUT_OF_RANGE),
@@ -64,6 +65,47 @@ _T = TypeVar("_T")
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
+class _Restores:
+    """Restores under way. Used on the event loop.
+
+    One begins only while nobody trains, but a trainer may be admitted just then: it must not be
+    welcomed with a step that is about to be forgotten.
+    """
+
+    def __init__(self) -> None:
+        self._under_way: dict[str, set[asyncio.Event]] = {}
+        """By name of the store."""
+
+    def begin(self, name: str, threads: ThreadPoolExecutor, work: Callable[[], _T]) -> "Future[_T]":
+        """Do `work` on a thread; from now on until its end the store goes back.
+
+        A call that is given up does not end what its thread does, so the thread's end counts.
+        """
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        events = self._under_way.setdefault(name, set())
+        events.add(ended)
+
+        def end() -> None:
+            events.discard(ended)
+            ended.set()
+
+        def done(_: object) -> None:
+            with contextlib.suppress(RuntimeError):  # a loop that was closed has no trainers
+                loop.call_soon_threadsafe(end)
+
+        future = threads.submit(work)
+        future.add_done_callback(done)
+        return future
+
+    async def end_within(self, name: str, seconds: float) -> bool:
+        """Wait until none of a store is under way; whether none is."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while events := self._under_way.get(name):
+                    await next(iter(events)).wait()
+        return not self._under_way.get(name)
+
+
 class StoreAdministration(pb_grpc.StoreServiceServicer):
     """Everything of the service but sessions.
 
@@ -77,6 +119,7 @@ class StoreAdministration(pb_grpc.StoreServiceServicer):
         self._looking = ThreadPoolExecutor(_LOOKING_THREADS, "engram-look")
         self._working = ThreadPoolExecutor(_WORKING_THREADS, "engram-work")
         self._verifying = ThreadPoolExecutor(1, "engram-verify")
+        self._restores = _Restores()
 
     async def ListStores(  # noqa: N802 - named by the protocol, here and below
         self, _request: pb.ListStoresRequest, context: Context
@@ -126,12 +169,15 @@ class StoreAdministration(pb_grpc.StoreServiceServicer):
     ) -> pb.RestoreSnapshotResponse:
         """Go back to a snapshot; refused while somebody trains the store."""
 
-        def restore() -> pb.RestoreSnapshotResponse:
-            served = self._stores.find(request.store)
+        def restore(served: ServedStore) -> pb.RestoreSnapshotResponse:
             served.restore(_wanted(request.name, request.snapshot))
             return pb.RestoreSnapshotResponse(step=served.store.step)
 
-        return await call(context, self._working, restore)
+        def begin() -> "Future[pb.RestoreSnapshotResponse]":
+            served = self._stores.find(request.store)
+            return self._restores.begin(served.name, self._working, lambda: restore(served))
+
+        return await answer(context, begin)
 
     async def InspectStore(  # noqa: N802
         self, request: pb.InspectStoreRequest, context: Context
@@ -250,8 +296,13 @@ def _wanted(name: str, ref: pb.SnapshotRef) -> SnapshotRef | int | str:
 
 async def call(context: Context, threads: ThreadPoolExecutor, work: Callable[[], _T]) -> _T:
     """Do blocking work on a thread; an error becomes the call's status."""
+    return await answer(context, lambda: threads.submit(work))
+
+
+async def answer(context: Context, begin: Callable[[], "Future[_T]"]) -> _T:
+    """The result of what `begin` has begun; an error of either becomes the call's status."""
     try:
-        return await asyncio.get_running_loop().run_in_executor(threads, work)
+        return await asyncio.wrap_future(begin())
     except EngramStoreError as error:
         failed = error
     except Exception as error:

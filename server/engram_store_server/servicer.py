@@ -104,7 +104,27 @@ class StoreServicer(StoreAdministration):
         session = SessionServer(served, hello, self._limits, shared_memory=self._door is not None)
         if session.trains:
             session.job = await served.trainers.admit(session)
+            await self._wait_for_restores(served, session)
         return served, session
+
+    async def _wait_for_restores(self, served: ServedStore, session: SessionServer) -> None:
+        """So that the step in Welcome is the one that counts.
+
+        The session is admitted, so that no restore begins any more; one may have begun before.
+
+        Raises: ProtocolError: it takes too long. The session is over, here as after any error.
+        """
+        seconds = self._limits.handover_seconds
+        try:
+            if not await self._restores.end_within(served.name, seconds):
+                raise ProtocolError(
+                    f"{served.name} is going back to a snapshot, which takes longer than the "
+                    f"{seconds:g} seconds that a trainer waits for it (handover_seconds); connect "
+                    "again when that is done"
+                )
+        except BaseException:
+            await session.leave()
+            raise
 
     def _welcome(self, served: ServedStore, session: SessionServer) -> pb.Welcome:
         store, limits = served.store, self._limits
@@ -121,4 +141,5 @@ class StoreServicer(StoreAdministration):
             slot_token=b"" if session.slots is None else session.slots.token,
             credits=pb.Credits(bytes=limits.session_bytes, windows=limits.open_windows),
             durable_step=served.durable_step,
+            staleness=served.staleness,
         )

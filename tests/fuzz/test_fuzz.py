@@ -1,6 +1,7 @@
 """Every parser of bytes from outside, with every input that once broke one and with new ones."""
 
 import base64
+import importlib
 import json
 import random
 import re
@@ -15,7 +16,7 @@ import pytest
 from google.protobuf.message import DecodeError
 
 from engram_store.v1 import store_pb2 as pb
-from tests.fuzz import planted, runner
+from tests.fuzz import planted, planted_parsers, runner
 from tests.fuzz import registry as registry_module
 from tests.fuzz.debts import DEBTS
 from tests.fuzz.frames import decode_frames, encode_frames, mutate_frames
@@ -40,7 +41,7 @@ def _results(command: str, *options: str, registry: str = REGISTRY) -> dict[str,
         capture_output=True,
         text=True,
     )
-    names = (planted if registry == planted.__name__ else registry_module).TARGETS
+    names = importlib.import_module(registry).TARGETS
     found: dict[str, str] = {}
     name = ""
     for line in run.stdout.splitlines():
@@ -168,6 +169,15 @@ def test_the_readme_lists_every_target() -> None:
     """Its table says which parser each one covers."""
     listed = re.findall(r"\| `([a-z-]+)` \|", (FOLDER / "README.md").read_text())
     assert set(listed) == set(TARGETS)
+
+
+@pytest.mark.parametrize("name", planted_parsers.TARGETS)
+def test_a_bug_planted_in_a_parser_is_found(name: str) -> None:
+    """The target would have found it in the store, by its seeds and a few mutations."""
+    said = _results("replay", "--mutations=50", registry=planted_parsers.__name__)[name]
+    if "skipped" in said:
+        pytest.skip(said)
+    assert planted_parsers.FOUND[name] in said, said
 
 
 # ------------------------------------------------------------------ mutators

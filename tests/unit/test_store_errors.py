@@ -337,9 +337,11 @@ DOCUMENTS: dict[str, Callable[[Path], Path]] = {
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-@pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "binary", "missing"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "empty", "foreign", "binary", "missing", "pipe", "loop", "directory"]
+)
 def test_damaged_documents_are_refused_by_name(copy: Path, document: str, damage: str) -> None:
-    """Cut off, empty, something else, not text, gone: an error of its own, never a guess."""
+    """Cut off, empty, something else, not text, gone, no file: an error of its own, no guess."""
     path = DOCUMENTS[document](copy)
     data = path.read_bytes()
     match damage:
@@ -353,6 +355,15 @@ def test_damaged_documents_are_refused_by_name(copy: Path, document: str, damage
             path.write_bytes(b"\xff\xfe\x00" + data)
         case "missing":
             path.unlink()
+        case "pipe":
+            path.unlink()
+            os.mkfifo(path)
+        case "loop":
+            path.unlink()
+            path.symlink_to(path.name)
+        case "directory":
+            path.unlink()
+            path.mkdir()
     if (document, damage) == ("snapshot", "missing"):
         # Then it simply is not a snapshot any more; the working manifest still names the files.
         with engram_store.open(copy) as reader:
@@ -452,6 +463,14 @@ def test_manifests_of_another_store_are_foreign(copy: Path, document: str, mode:
 def test_a_snapshot_under_another_steps_name_is_foreign(copy: Path) -> None:
     (copy / "snapshots" / "000000008.json").rename(copy / "snapshots" / "000000006.json")
     refused(copy, ForeignFileError, "step 8", "read")
+
+
+def test_a_manifest_that_names_a_segment_twice_is_none(copy: Path) -> None:
+    def twice(body: dict[str, Any]) -> None:
+        body["tables"][0]["segments"] *= 2
+
+    rewrite(DOCUMENTS["manifest"](copy), twice)
+    refused(copy, StoreFileError, "segment twice", "train")
 
 
 def test_numbers_that_are_none_are_no_document(copy: Path) -> None:

@@ -11,6 +11,7 @@ import grpc
 from engram_store import Normal, wire
 from engram_store.engine.garbage import GarbageReport, check_keep, decode_report
 from engram_store.errors import ConfigError, ProtocolError, StoreUnreachableError
+from engram_store.layout.documents import parse_json
 from engram_store.layout.usage import SnapshotInfo, decode_snapshots
 from engram_store.recipes import Recipe
 from engram_store.session import SnapshotRef
@@ -308,14 +309,21 @@ def _named(snapshot: SnapshotRef | int | str) -> tuple[pb.SnapshotRef, str]:
 def _decoded(what: str, text: str, decode: Callable[[Any], _Response]) -> _Response:
     """Raises: ProtocolError."""
     try:
-        return decode(json.loads(text))
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ProtocolError(f"the store's {what} cannot be read: {error!r:.200}") from error
+        return decode(parse_json(text))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ProtocolError(
+            f"the store's {what} cannot be read ({error!r:.200}); is it of another version?"
+        ) from error
 
 
 def _record(what: str, text: str) -> dict[str, Any]:
-    """Raises: ProtocolError."""
+    """A JSON object. Raises: ProtocolError."""
     try:
-        return dict(json.loads(text))
-    except (TypeError, ValueError, RecursionError) as error:
+        record = parse_json(text)
+    except ValueError as error:
         raise ProtocolError(f"the store's {what} is not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ProtocolError(
+            f"the store's {what} is {record!r:.100}, not a JSON object; is it of another version?"
+        )
+    return record

@@ -115,7 +115,7 @@ def _check_pin(
                     problem = f"names another snapshot than the one at step {pin.step}"
     except (EngramStoreError, OSError, *BROKEN) as error:
         problem = problem_of(error, path)
-    if problem and path.exists():  # otherwise it was removed meanwhile
+    if problem and os.path.lexists(path):  # otherwise it was removed meanwhile
         file = str(path.relative_to(paths.root))
         needed.damages.append(Damage(file=file, kind=FileKind.PIN, problem=problem, working=True))
 

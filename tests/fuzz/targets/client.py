@@ -58,11 +58,36 @@ def _check_statistics(data: bytes) -> None:
 def _statistics() -> Iterator[bytes]:
     from dataclasses import asdict
 
+    from engram_store.stats import HeadStats, OrderStats, TableStats
     from engram_store.testing import MemorySession
     from tests.fuzz.samples import metadata
 
     session = MemorySession(metadata().recipe, dict(metadata().tables), {})
-    yield json.dumps(asdict(session.stats())).encode()
+    record = asdict(session.stats())
+    yield json.dumps(record).encode()
+    head = HeadStats(
+        rows=5,
+        lookups=9,
+        unique_rows=6,
+        overlay_hits=3,
+        page_hits=2,
+        page_misses=1,
+        sampled_rows=4,
+        touched_rows=2,
+    )
+    table = TableStats(
+        lookups=9,
+        unique_rows=6,
+        memtable_rows=3,
+        segment_rows=2,
+        rows_updated=7,
+        skipped_rows=0,
+        resident_bytes=4096,
+        mapped_bytes=8192,
+        growth=((1, 1), (4, 2)),
+        orders=(OrderStats(order=2, sampled_ngrams=8, heads=(head, head)),),
+    )
+    yield json.dumps({**record, "tables": {"1": asdict(table)}}).encode()
     yield b"[" * 5_000
 
 

@@ -1,4 +1,7 @@
-"""Unary calls: long ones hold nobody up, and can be given up; what goes wrong has a class."""
+"""Unary calls: long ones hold nobody up, and can be given up; what goes wrong has a class.
+
+A trainer whose session begins while somebody restores the store is told the right step, or refused.
+"""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -9,11 +12,21 @@ from typing import Any
 
 import pytest
 
-from engram_store.errors import DeadlineError, EngramStoreError, StoreClosedError
+from engram_store.errors import (
+    DeadlineError,
+    EngramStoreError,
+    ProtocolError,
+    SnapshotMismatchError,
+    StoreClosedError,
+)
+from engram_store.session import Session
 from engram_store.store import Store
-from engram_store_client import connect_admin
+from engram_store.v1 import store_pb2 as pb
+from engram_store_client import connect, connect_admin
 from engram_store_server import admin as service
-from tests.pairs import MakePair
+from engram_store_server.jobs import Job, Member, Trainers
+from engram_store_server.limits import SessionLimits
+from tests.pairs import MakePair, Pair, assert_same_tables
 from tests.servers import serving
 
 SECONDS = 60.0
@@ -132,3 +145,152 @@ def test_a_record_of_another_version_is_an_error(
         for ask in (admin.inspect, admin.statistics):
             with pytest.raises(EngramStoreError, match="store's"):
                 ask()
+
+
+# ---------------------------------------------------------------------- restores and trainers
+
+
+class _SlowRestore:
+    """A restore that has begun and goes on when it is told to; trainers are admitted meanwhile."""
+
+    def __init__(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.admitted, self._go_on = (threading.Event() for _ in range(3))
+        real_restore, real_admit = store.restore, Trainers.admit
+
+        def restore(snapshot: Any) -> None:
+            self.begun.set()
+            assert self._go_on.wait(SECONDS)
+            real_restore(snapshot)
+
+        async def admit(trainers: Trainers, member: Member) -> Job:
+            job = await real_admit(trainers, member)
+            self.admitted.set()
+            return job
+
+        monkeypatch.setattr(store, "restore", restore)
+        monkeypatch.setattr(Trainers, "admit", admit)
+
+    def go_on(self) -> None:
+        self._go_on.set()
+
+
+@pytest.fixture
+def trained(make_pair: MakePair) -> Pair:
+    """At step 3, with a snapshot at step 1."""
+    pair = make_pair()
+    pair.train(1)
+    pair.snapshot()
+    pair.train(2)
+    return pair
+
+
+@pytest.fixture
+def slow(trained: Pair, monkeypatch: pytest.MonkeyPatch) -> Iterator[_SlowRestore]:
+    restore = _SlowRestore(trained.store, monkeypatch)
+    yield restore
+    restore.go_on()
+
+
+def _serving(pair: Pair, tmp_path: Path, handover_seconds: float) -> Any:
+    limits = SessionLimits(handover_seconds=handover_seconds)
+    return serving(pair.store, f"unix:{tmp_path}/s", limits)
+
+
+def _check_trains_from_1(session: Session, pair: Pair) -> None:
+    """The next step is step 1 of the way back, and gives what it gives without a server."""
+    assert session.step == 1
+    pair.oracle.restore(1)
+    twin = Pair(session, pair.oracle, pair.rng)
+    twin.train(2)
+    assert_same_tables(pair.store, pair.oracle)
+
+
+def test_a_trainer_that_comes_during_a_restore_is_told_the_step_after_it(
+    trained: Pair, slow: _SlowRestore, tmp_path: Path
+) -> None:
+    """Not the one that is about to be forgotten: it would train steps that nobody asks for."""
+    with (
+        _serving(trained, tmp_path, SECONDS) as url,
+        connect_admin(url) as admin,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        restoring = threads.submit(admin.restore, 1)
+        assert slow.begun.wait(SECONDS)
+        coming = threads.submit(connect, url)
+        assert slow.admitted.wait(SECONDS)
+        # Answered by the loop that welcomes: a welcome that does not wait has been sent by now.
+        assert [entry.step for entry in admin.list_stores()] == [3]
+        slow.go_on()
+
+        assert restoring.result(SECONDS) == 1
+        with coming.result(SECONDS) as session:
+            _check_trains_from_1(session, trained)
+
+
+def test_a_trainer_is_refused_while_a_restore_takes_long(
+    trained: Pair, slow: _SlowRestore, tmp_path: Path
+) -> None:
+    """It says why, it leaves nothing behind, and the next one is told the right step."""
+    with (
+        _serving(trained, tmp_path, 0.05) as url,
+        connect_admin(url) as admin,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        restoring = threads.submit(admin.restore, 1)
+        assert slow.begun.wait(SECONDS)
+        for _ in range(2):
+            with pytest.raises(ProtocolError, match=r"tests is going back to a snapshot.*again"):
+                connect(url)
+        connect(url, mode="read").close()
+        slow.go_on()
+
+        assert restoring.result(SECONDS) == 1
+        assert admin.restore(1) == 1
+        with connect(url) as session:
+            _check_trains_from_1(session, trained)
+
+
+def test_a_restore_that_nobody_waits_for_holds_trainers_back_all_the_same(
+    trained: Pair, slow: _SlowRestore, tmp_path: Path
+) -> None:
+    """Its call was given up, its thread goes on."""
+    with (
+        _serving(trained, tmp_path, SECONDS) as url,
+        connect_admin(url) as admin,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        request = pb.RestoreSnapshotRequest(snapshot=pb.SnapshotRef(step=1))
+        restoring = admin._stub.RestoreSnapshot.future(request)
+        assert slow.begun.wait(SECONDS)
+        restoring.cancel()
+        admin.list_stores()  # on the same connection, so that the store has heard of it
+        coming = threads.submit(connect, url)
+        assert slow.admitted.wait(SECONDS)
+        assert [entry.step for entry in admin.list_stores()] == [3]
+        slow.go_on()
+
+        with coming.result(SECONDS) as session:
+            _check_trains_from_1(session, trained)
+
+
+def test_a_trainer_that_waits_goes_on_if_the_restore_fails(
+    trained: Pair, slow: _SlowRestore, tmp_path: Path
+) -> None:
+    """There is no snapshot at step 2: nothing changed, and nobody waits for ever."""
+    with (
+        _serving(trained, tmp_path, SECONDS) as url,
+        connect_admin(url) as admin,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        restoring = threads.submit(admin.restore, 2)
+        assert slow.begun.wait(SECONDS)
+        coming = threads.submit(connect, url)
+        assert slow.admitted.wait(SECONDS)
+        slow.go_on()
+
+        with pytest.raises(SnapshotMismatchError):
+            restoring.result(SECONDS)
+        with coming.result(SECONDS) as session:
+            assert session.step == 3
+            with pytest.raises(ProtocolError, match="being trained"):
+                admin.restore(1)
