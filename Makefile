@@ -14,7 +14,7 @@ install: $(STAMP) ## Create .venv with the project, torch (CPU) and the tools
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade -c constraints.txt pip
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf,server]' --group dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,hf,server]' --group dev
 	@touch $(STAMP)
 
 demo: $(STAMP) ## Train tables on disk on this machine's own text, against the zero-table control
@@ -49,12 +49,9 @@ proto: $(STAMP) ## Generate engram_store/v1 from proto/ again
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. --mypy_grpc_out=. \
 		--plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc proto/engram_store/v1/store.proto
 
-bench: $(STAMP) ## Speed, recovery and bytes written, each beside its references
-	$(BIN)/engram-store bench window
-	$(BIN)/engram-store bench update
-	$(BIN)/engram-store bench ipc
-	$(BIN)/engram-store bench recover
-	$(BIN)/engram-store bench writes
+BENCHES := window update growth cold ipc writes recover train hitrate
+bench: $(STAMP) ## Speed, cold reads, recovery and bytes written, each beside its references
+	for bench in $(BENCHES); do $(BIN)/engram-store bench $$bench || exit 1; done
 
 conformance: $(STAMP) ## Every golden vector of the published recipes
 	$(BIN)/engram-store conformance tests/golden

@@ -112,6 +112,7 @@ def open(  # noqa: A001 - reads as engram_store.open
     *,
     recipe: Recipe | None = None,
     snapshot: SnapshotRef | int | str | None = None,
+    memory_bytes: int | None = None,
     overlay_bytes: int | None = None,
     memtable_dir: str | Path | None = None,
     fold_ratio: float = 1.0,
@@ -119,6 +120,9 @@ def open(  # noqa: A001 - reads as engram_store.open
     scrub_bytes_per_second: float = 0.0,
     durability: str = "snapshot",
     keep_snapshots: int | None = None,
+    count_uses: bool = False,
+    lookahead_bytes: int | None = None,
+    staleness: int = 0,
     allocate: Callable[[int], NDArray[np.uint8]] | None = None,
     disk: Disk | None = None,
 ) -> "Store":
@@ -130,8 +134,11 @@ def open(  # noqa: A001 - reads as engram_store.open
             continues at the last applied step, whatever happened to the process before.
         recipe: what the caller believes it to be; anything else is refused.
         snapshot: for 'read': which one, a pin's name too; None is the newest.
-        overlay_bytes: shared memory for updated rows; None: a fifth of the memory limit, at
-            most 1 GiB.
+        memory_bytes: for 'train': all that the store may use, which is shared memory, windows
+            ahead, indexes, and the page cache of its files; see docs/memory.md. None: what the
+            limit of the machine or of the cgroup leaves to this process.
+        overlay_bytes: shared memory for updated rows; None: a fifth of the memory that indexes
+            leave, at most 1 GiB.
         memtable_dir: where that memory is; None: /dev/shm, or the store's directory where that
             is too small.
         fold_ratio: fold when segments reach this multiple of the base.
@@ -143,6 +150,14 @@ def open(  # noqa: A001 - reads as engram_store.open
             outlive the process in any case.
         keep_snapshots: how many of the newest snapshots stay whenever one is made, beside the
             pinned ones; None: all, because a checkpoint may name any of them.
+        count_uses: for 'read': count how often each row is read, which is what `Store.promote`
+            goes by; two bytes of memory per row.
+        lookahead_bytes: memory of windows that are hashed and gathered ahead of their step, buffers
+            and all; later windows wait as tokens until there is room. None: an eighth of the
+            memory that indexes leave, at most 2 GiB.
+        staleness: how many steps the rows of a window may lag behind. 0 is exact; more lets
+            `Window.rows` return that many steps early, and `stats()` counts the rows that were
+            out of date.
         allocate: makes the buffers rows are gathered into (pinned memory, say).
         disk: what changes files; a test gives one of `engram_store.testing`.
 
@@ -157,6 +172,7 @@ def open(  # noqa: A001 - reads as engram_store.open
     if mode not in ("read", "train"):
         raise ConfigError(f"mode must be 'read' or 'train', got {mode!r}")
     options = EngineOptions(
+        memory_bytes=memory_bytes,
         overlay_bytes=overlay_bytes,
         memtable_dir=None if memtable_dir is None else Path(memtable_dir),
         fold_ratio=fold_ratio,
@@ -164,12 +180,15 @@ def open(  # noqa: A001 - reads as engram_store.open
         scrub_bytes_per_second=scrub_bytes_per_second,
         durability=durability,
         keep_snapshots=keep_snapshots,
+        lookahead_bytes=lookahead_bytes,
+        staleness=staleness,
         disk=disk or Disk(),
     )
     arguments: dict[str, Any] = {
         "snapshot": snapshot,
         "recipe": recipe,
         "allocate": allocate or plain_memory,
+        "count_uses": count_uses,
     }
     try:
         return Store(Path(path), mode, options, **arguments)

@@ -5,6 +5,7 @@ the plain numpy oracle. One contract suite (tests/contract) runs over all of the
 """
 
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -126,7 +127,7 @@ class Session(Protocol):
 
     @property
     def step(self) -> int:
-        """Steps applied so far, which is the number of the next one to commit."""
+        """The number of the next step to commit: steps applied so far, or begun to be."""
         ...
 
     @property
@@ -189,6 +190,33 @@ class Session(Protocol):
             DuplicateStepError, StepGapError: `step` is not the next one.
             MissingGradientError: a window of the step lacks a gradient.
             CapacityError, ConfigError, ReadOnlyError, StoreClosedError.
+        """
+        ...
+
+    def begin_commit(
+        self,
+        step: int,
+        lr: float | Mapping[int, float],
+        *,
+        gradient_scale: float = 1.0,
+        eps: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+    ) -> "Future[Applied]":
+        """Begin what `commit` does, and return once it is checked.
+
+        The rows that the first window of the next step looks up are updated before all others, and
+        that window gets them while the rest is still being applied: `Window.rows` waits no longer.
+        Results are those of `commit`, bit for bit. One commit is under way at a time; another one,
+        `gradient_norm`, `snapshot` and `restore` wait for it.
+
+        Args:
+            step, lr, gradient_scale, eps, betas: as for `commit`.
+
+        Returns:
+            What `commit` returns or raises while applying. If it raises, windows that were given
+            rows of the failed commit are closed.
+
+        Raises: what `commit` raises before it applies anything.
         """
         ...
 

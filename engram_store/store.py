@@ -2,10 +2,11 @@
 
 import math
 import os
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -15,9 +16,11 @@ from engram_store.engine.engine import TableUpdate
 from engram_store.engine.garbage import GarbageReport
 from engram_store.engine.gradients import GradientSummer, SummedGradients
 from engram_store.engine.lookup import Allocate, SlotPool, plain_memory
+from engram_store.engine.memory_plan import MemoryPlan
 from engram_store.engine.memtable import new_session_id
+from engram_store.engine.promotion import Promotion
 from engram_store.engine.reader import Reader
-from engram_store.engine.statistics import StoreCounters, TableCounters
+from engram_store.engine.statistics import Late, StoreCounters, TableCounters
 from engram_store.errors import (
     ConfigError,
     DtypeError,
@@ -45,6 +48,18 @@ from engram_store.window import StoreWindow
 Mode = Literal["read", "train"]
 
 
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """A commit that was asked for and checked."""
+
+    step: int
+    hyper: Mapping[int, HyperParameters]
+    windows: list[StoreWindow]
+    summed: dict[int, SummedGradients] | None
+    """Their gradients, if they were summed before."""
+    marks: tuple[Mark, ...]
+
+
 class Store:
     """Implements `session.Session` for one process; made by `engram_store.open`.
 
@@ -61,6 +76,7 @@ class Store:
         snapshot: Wanted | None = None,
         recipe: Recipe | None = None,
         allocate: Allocate = plain_memory,
+        count_uses: bool = False,
     ) -> None:
         """See `engram_store.open`."""
         self._process = os.getpid()
@@ -72,16 +88,34 @@ class Store:
         if mode == "train":
             if snapshot is not None:
                 raise ConfigError("a store opened for training goes to a snapshot by restore()")
+            if count_uses:
+                raise ConfigError(
+                    "count_uses is for promote(), of a store that is only read; leave it out, or "
+                    "open the store with mode='read'"
+                )
             self._engine = Engine(paths, self.metadata, options)
         else:
-            self._engine = Reader(paths, self.metadata, snapshot)
+            self._engine = Reader(paths, self.metadata, snapshot, count_uses=count_uses)
         self._session = new_session_id()
         self._slots = SlotPool(allocate)
         self._summers = {layer: GradientSummer(spec) for layer, spec in self.tables.items()}
         self._summed: dict[int, SummedGradients] | None = None
+        self._committer: ThreadPoolExecutor | None = None
+        self._under_way: tuple[int, Future[Applied]] | None = None
+        """The last step that was begun in the background."""
         self._counters = StoreCounters()
-        self._table_counters = {layer: TableCounters() for layer in self.tables}
-        self._announced = AnnouncedWindows(self._engine, self.metadata, self._table_counters)
+        self._table_counters = {
+            layer: TableCounters(self.recipe, spec) for layer, spec in self.tables.items()
+        }
+        ahead = self.memory_plan.staging_bytes if self.memory_plan else 0
+        self._announced = AnnouncedWindows(
+            self._engine,
+            self.metadata,
+            self._counters,
+            self._table_counters,
+            lookahead_bytes=ahead,
+            staleness=options.staleness,
+        )
 
     # ------------------------------------------------------------------ what it is
 
@@ -102,7 +136,11 @@ class Store:
 
     @property
     def step(self) -> int:
-        """Steps applied so far, which is the number of the next one to commit."""
+        """See `session.Session.step`."""
+        if self._under_way is not None:
+            step, applied = self._under_way
+            if not applied.done():
+                return step + 1
         return self._engine.step
 
     @property
@@ -113,6 +151,16 @@ class Store:
     def when_durable(self, listener: Callable[[int], None]) -> None:
         """Call with `durable_step` whenever a journal or a seal has moved it; on any thread."""
         self._trained().when_durable(listener)
+
+    @property
+    def memory_plan(self) -> MemoryPlan | None:
+        """How the store's memory is divided; None for one that is only read."""
+        return self._engine.memory_plan if isinstance(self._engine, Engine) else None
+
+    @property
+    def staleness(self) -> int:
+        """By how many steps the rows of a window may lag behind; 0 is exact."""
+        return self._announced.staleness
 
     @property
     def recovery(self) -> RecoveryReport | None:
@@ -139,9 +187,16 @@ class Store:
         if self._engine.closed:
             raise StoreClosedError("the store was closed; open it again")
 
-    def _trained(self) -> Engine:
-        """The engine, for calls that write. Raises: StoreClosedError, ReadOnlyError."""
+    def _trained(self, *, alone: bool = False) -> Engine:
+        """The engine, for calls that write; `alone` waits for a commit under way.
+
+        Raises: StoreClosedError, ReadOnlyError.
+        """
         self.check_open()
+        if alone and self._under_way is not None:
+            # Whoever began it is told what came of it.
+            wait([self._under_way[1]])
+            self._under_way = None
         if not isinstance(self._engine, Engine):
             raise ReadOnlyError("the store was opened with mode='read'; open it with mode='train'")
         return self._engine
@@ -185,6 +240,27 @@ class Store:
         self._counters.windows += 1
         return window
 
+    def may_read(self, step: int) -> bool:
+        """Whether rows of a step's windows can be had now, or after the commit under way."""
+        return step == self.step or self._announced.may_read(step)
+
+    def wait_for_commit(self, step: int, gathered: "Future[RowBlock]") -> None:
+        """If the step before is being committed, wait for rows that it hands out, or for its end.
+
+        Raises: what the commit raised.
+        """
+        if self._under_way is None or self._under_way[0] + 1 != step:
+            return
+        applied = self._under_way[1]
+        either: list[Future[Any]] = [gathered, applied]
+        wait(either, return_when=FIRST_COMPLETED)
+        if not gathered.done():
+            applied.result()
+
+    def start_find(self, window: StoreWindow, layer: int) -> None:
+        """Hash a window's tokens, if that was not begun before."""
+        self._announced.start_find(window, layer)
+
     def start_gather(self, window: StoreWindow, layer: int) -> None:
         """Gather a window's rows as they are now, if that was not begun before."""
         self._announced.start(window, layer)
@@ -194,26 +270,22 @@ class Store:
         self.forget_sums()
         self._announced.end(window)
 
-    def count_wait(self, seconds: float, *, late: bool) -> None:
-        """A caller waited for rows."""
-        self._counters.count_wait(seconds, late=late)
+    def count_wait(self, layer: int, seconds: float, late: Late | None) -> None:
+        """A caller waited for a layer's rows; `late`: why they were not there."""
+        self._counters.count_wait(self._table_counters[layer], seconds, late)
 
     # ------------------------------------------------------------------ committing
 
     def _pending(self) -> list[StoreWindow]:
         return self._announced.of_step(self.step)
 
-    def _sum_gradients(self) -> dict[int, SummedGradients]:
-        """The pending step's gradients of every table, summed once per push."""
-        if self._summed is not None:
-            return self._summed
+    def _sum_gradients(self, windows: list[StoreWindow]) -> dict[int, SummedGradients]:
+        """A step's gradients of every table."""
         futures: dict[int, Future[SummedGradients]] = {}
         for layer, stream in self._engine.streams.items():
-            parts = [
-                part for w in self._pending() if (part := w.lookups[layer].gradient) is not None
-            ]
+            parts = [part for w in windows if (part := w.lookups[layer].gradient) is not None]
             futures[layer] = stream.submit(
-                self._summers[layer].sum_parts, parts, self._announced.scratch[layer]
+                self._summers[layer].sum_parts, parts, self._announced.scratch(layer)
             )
         wait(futures.values())  # also when one fails: its memory is used again
         return {layer: future.result() for layer, future in futures.items()}
@@ -230,8 +302,9 @@ class Store:
 
     def gradient_norm(self) -> float:
         """See `session.Session.gradient_norm`."""
-        self._trained()
-        self._summed = self._sum_gradients()
+        self._trained(alone=True)
+        if self._summed is None:
+            self._summed = self._sum_gradients(self._pending())
         return math.sqrt(sum(sum_of_squares(part.sums) for part in self._summed.values()))
 
     def commit(
@@ -243,9 +316,46 @@ class Store:
         eps: float | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         marks: tuple[Mark, ...] = (),
+        early: bool = False,
     ) -> Applied:
-        """See `session.Session.commit`; `marks` say for whom, if not for this process."""
-        engine = self._trained()
+        """See `session.Session.commit`.
+
+        Args:
+            step, lr, gradient_scale, eps, betas: as there.
+            marks: for whom, if not for this process.
+            early: hand rows of the next window out before the commit is done.
+        """
+        order = self._order(step, lr, gradient_scale, eps, betas, marks)
+        return self._commit(order, early=early)
+
+    def begin_commit(
+        self,
+        step: int,
+        lr: float | Mapping[int, float],
+        *,
+        gradient_scale: float = 1.0,
+        eps: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+    ) -> "Future[Applied]":
+        """See `session.Session.begin_commit`."""
+        order = self._order(step, lr, gradient_scale, eps, betas, ())
+        if self._committer is None:
+            self._committer = ThreadPoolExecutor(1, "engram-commit")
+        applied = self._committer.submit(self._commit, order, early=True)
+        self._under_way = step, applied
+        return applied
+
+    def _order(
+        self,
+        step: int,
+        lr: float | Mapping[int, float],
+        gradient_scale: float,
+        eps: float | None,
+        betas: tuple[float, float],
+        marks: tuple[Mark, ...],
+    ) -> _Order:
+        """Check a commit. Raises: as `commit`."""
+        self._trained(alone=True)
         if step != self.step:
             raise (DuplicateStepError if step < self.step else StepGapError)(step, self.step)
         hyper = {
@@ -259,23 +369,40 @@ class Store:
             for layer in self.tables
         }
         self._check_gradients()
-        pending, summed = self._pending(), self._sum_gradients()
+        mine = Mark(session=self._session, epoch=0, step=step)
+        return _Order(step, hyper, self._pending(), self._summed, marks or (mine,))
+
+    def _commit(self, order: _Order, *, early: bool) -> Applied:
+        engine = self._trained()
+        summed = order.summed or self._sum_gradients(order.windows)
+        windows = self._announced.claim_early() if early else {}
         updates = [
-            TableUpdate(layer, part.rows, part.sums, rule_step(spec, step, hyper[layer]))
+            TableUpdate(
+                layer,
+                part.rows,
+                part.sums,
+                rule_step(spec, order.step, order.hyper[layer]),
+                early=windows.get(layer),
+                old=self._announced.kept_rows(layer, order.windows, part),
+            )
             for layer, spec in self.tables.items()
             if (part := summed[layer]).rows.size
         ]
-        mine = Mark(session=self._session, epoch=0, step=step)
-        engine.commit(step, updates, marks or (mine,))
+        applied = False
+        try:
+            engine.commit(order.step, updates, order.marks)
+            applied = True
+        finally:
+            self._announced.end_early(applied=applied)
         self.forget_sums()
-        for window in pending:
+        for window in order.windows:
             window.close()
         self._announced.begin_step()
         self._counters.steps += 1
         for layer, part in summed.items():
             self._table_counters[layer].count_update(part.rows.size, part.skipped)
         return Applied(
-            step=step,
+            step=order.step,
             rows={layer: int(part.rows.size) for layer, part in summed.items()},
             skipped_rows={layer: part.skipped for layer, part in summed.items()},
         )
@@ -284,7 +411,7 @@ class Store:
 
     def snapshot(self) -> SnapshotRef:
         """See `session.Session.snapshot`."""
-        return self._trained().snapshot()
+        return self._trained(alone=True).snapshot()
 
     def snapshots(self) -> list[int]:
         """Steps that have a snapshot, ascending."""
@@ -316,18 +443,21 @@ class Store:
         Raises:
             ProtocolError: a newer snapshot is pinned, and would be forgotten; nothing changed.
         """
-        engine = self._trained()
+        engine = self._trained(alone=True)
         with engine.catalog.goal(snapshot):  # before anything changes
             self._announced.end_all()
-            engine.restore(snapshot)
+            try:
+                engine.restore(snapshot)
+            finally:
+                self._announced.begin_step()
 
     def seal(self) -> None:
         """Write what is in shared memory to disk now; returns when that is durable."""
-        self._trained().seal()
+        self._trained(alone=True).seal()
 
     def fold(self) -> None:
         """Write segments into a new base generation now, instead of when they outweigh it."""
-        self._trained().fold()
+        self._trained(alone=True).fold()
 
     # ------------------------------------------------------------------ looking and leaving
 
@@ -353,6 +483,34 @@ class Store:
         self._engine.gather(layer, ids, out)
         return out
 
+    def promote(self, *, max_bytes: int, layers: Iterable[int] | None = None) -> Promotion:
+        """Pack the rows that were read most so far in memory, and read them from there.
+
+        For stores that are only read, with `count_uses`: serving, evaluation. Rows keep their
+        bytes, and may be read meanwhile. What was promoted before is given up, of all layers,
+        once the new rows are in memory; until then both take memory, and for a moment the counts
+        are copied too.
+
+        Args:
+            max_bytes: memory for packed rows, of all layers together. Eight bytes per row that
+                say where it was come on top.
+            layers: whose rows; None: all. A row counts by how often windows or `read_rows` asked
+                for it since the store was opened, by byte of it.
+
+        Raises:
+            ProtocolError: the store was opened for training, or no row was read yet.
+            ConfigError: uses are not counted, or `max_bytes` is too small for a row.
+            CapacityError: there is not so much memory.
+            UnknownLayerError, StoreClosedError.
+        """
+        self.check_open()
+        if not isinstance(self._engine, Reader):
+            raise ProtocolError(
+                "the store was opened for training, where every step moves rows; promote() is for "
+                "stores opened with mode='read' and count_uses=True"
+            )
+        return self._engine.promote(max_bytes, layers)
+
     def stats(self) -> StoreStats:
         """See `session.Session.stats`."""
         self.check_open()
@@ -367,6 +525,9 @@ class Store:
             DiskFullError: the newest rows stay in shared memory for the next open.
         """
         if os.getpid() == self._process:
+            if self._committer is not None:
+                self._committer.shutdown()
+            self._announced.ahead.stop()
             self._engine.close()
 
     def __enter__(self) -> Self:

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 import engram_store
 from engram_store.engine.engine import Engine
+from engram_store.engine.extents import BLOCK_SLOTS
 from engram_store.engine.memtable import slot_bytes
 from engram_store.engine.placement import shared_directory
 from engram_store.engine.reader import Reader
-from engram_store.engine.table import BLOCK_SLOTS
 from engram_store.layout.create import table_specs
 from engram_store.layout.paths import StorePaths
 from engram_store.recipes import Recipe

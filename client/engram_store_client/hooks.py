@@ -178,7 +178,7 @@ class ModelHooks:
             hidden = args[0] if args else kwargs["hidden_states"]
             now = self._pass_of(number, hidden)
             dtype = next(gate.parameters()).dtype
-            rows = now.rows.lookup(number, hidden.device, dtype)
+            rows = self._windows.lookup(now.rows, number, hidden.device, dtype)
             carry = None if now.decoding is None else now.decoding.carry(number)
             residual = gate(rows, hidden.to(dtype), mask=now.mask, carry=carry)
             hidden = hidden + residual.to(hidden.dtype)

@@ -4,7 +4,7 @@ import copy
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,6 @@ class Memory:
         self.model, self.session = model, session
         self._gates = dict(gates)
         self._windows = OpenWindows(session, zero_table=zero_table)
-        self._clip_scale = 1.0
         self._frozen: list[nn.Parameter] = []
         self._attached = True
         self.gates = nn.ModuleDict({str(number): gate for number, gate in gates.items()})
@@ -161,7 +160,7 @@ class Memory:
         Returns:
             The norm before clipping.
 
-        Raises: what `Window.push` raises.
+        Raises: what `Window.push` raises, and a commit that is under way, which it waits for.
         """
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         self._windows.push()
@@ -171,8 +170,32 @@ class Memory:
         total = torch.hypot(dense, torch.full_like(dense, tables))
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
         # The expression that torch applied to the dense part. It keeps NaN, which commit refuses.
-        self._clip_scale = float(torch.clamp(max_norm / (total + 1e-6), max=1.0))
+        self._windows.clip_scale = float(torch.clamp(max_norm / (total + 1e-6), max=1.0))
         return total
+
+    @overload
+    def commit(
+        self,
+        step: int,
+        lr: float | Mapping[int, float],
+        *,
+        gradient_scale: float = 1.0,
+        eps: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        wait: Literal[True] = True,
+    ) -> Applied: ...
+
+    @overload
+    def commit(
+        self,
+        step: int,
+        lr: float | Mapping[int, float],
+        *,
+        gradient_scale: float = 1.0,
+        eps: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        wait: bool,
+    ) -> Applied | None: ...
 
     def commit(
         self,
@@ -182,26 +205,41 @@ class Memory:
         gradient_scale: float = 1.0,
         eps: float | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
-    ) -> Applied:
+        wait: bool = True,
+    ) -> Applied | None:
         """Hand over the step's gradients and apply them to the tables.
 
-        Arguments and errors as for `Session.commit`. Clipping of this step is applied on top
+        Other arguments and errors as for `Session.commit`. Clipping of this step is applied on top
         of `gradient_scale`. The control arm counts the step and changes nothing.
+
+        Args:
+            wait: False: begin, and return None at once (`Session.begin_commit`). The next forward
+                pass waits only for rows that it looks up; results are the same bits. If the commit
+                fails, the next call that needs the store raises why, once, whatever it was asked;
+                the step can then be committed again, and a forward pass of the one after it has
+                to be run again, without its ticket of `look_ahead`. See `finish_commit`.
 
         Warns: RuntimeWarning, once, when the first two steps gave the tables only zeros.
         """
-        applied = self._windows.commit(
-            step, lr, gradient_scale=gradient_scale * self._clip_scale, eps=eps, betas=betas
+        return self._windows.commit(
+            step, lr, gradient_scale=gradient_scale, eps=eps, betas=betas, wait=wait
         )
-        self._clip_scale = 1.0
-        return applied
+
+    def finish_commit(self) -> Applied | None:
+        """Wait for a commit that was begun with `wait=False`; call it after the last step.
+
+        Returns:
+            What it did; None: none was under way, or it was waited for already.
+
+        Raises: what it raised, unless that was raised before.
+        """
+        return self._windows.finish_commit()
 
     def skip(self, step: int) -> Applied:
         """Commit a step without changing a row, whatever gradients it has.
 
         For steps that the dense optimiser skips too, such as an overflow of the loss scale.
         """
-        self._clip_scale = 1.0
         return self._windows.skip(step)
 
     def guards(self) -> Guards:
@@ -225,10 +263,11 @@ class Memory:
     def save_pretrained(self, directory: Path | str) -> None:
         """Take a snapshot of the store and write the gates beside a reference to it.
 
-        Raises: what `Session.snapshot` raises, DiskFullError, OSError. An older checkpoint in
-        the directory is complete until the new one is.
+        Raises: what `Session.snapshot` raises, or a commit that is under way; DiskFullError,
+        OSError. An older checkpoint in the directory is complete until the new one is.
         """
         self._check_attached()
+        self.finish_commit()
         snapshot = self.session.snapshot()
         checkpoint.save(Path(directory), self._gates, snapshot, step=self.step)
 
@@ -239,14 +278,15 @@ class Memory:
             StoreFileError, ConfigError, ShapeError: the checkpoint is missing, or of other gates.
             SnapshotMismatchError: it belongs to another store, which this one was not exported
                 from, or its snapshot is gone.
+            What a commit under way raised; load again then.
             In all cases nothing has changed.
         """
         self._check_attached()
+        self.finish_commit()
         loaded = checkpoint.read(Path(directory), self._gates)
         if not self.zero_table:
             checkpoint.restore_tables(loaded, self.session)
         self._windows.restart_at(loaded.step)
-        self._clip_scale = 1.0
         for number, gate in self._gates.items():
             gate.load_state_dict(loaded.states[number])
 
@@ -254,14 +294,16 @@ class Memory:
         """Make the model what it was before `attach`; the session stays open.
 
         Detaching twice is fine.
+
+        Raises: what a commit under way raised; the memory is detached all the same.
         """
         if not self._attached:
             return
         self._attached = False
         self._hooks.remove()
-        self._windows.close_all()
         self.unfreeze_base()
         delattr(self.model, SUBMODULE)
+        self._windows.close_all()
 
     def _check_attached(self) -> None:
         if not self._attached:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
-from engram_store.errors import ProtocolError
+from engram_store.errors import EngramStoreError, ProtocolError
 from engram_store.session import Window
 from engram_store.types import GradientBlock, Inverse, RowBlock, RowDtype, TableSpec
 
@@ -159,6 +159,14 @@ class WindowRows:
         """Whether the layer was run and no backward pass came back yet."""
         leaf = self._leaves.get(layer)
         return leaf is not None and leaf.rows.requires_grad and not leaf.backward.calls
+
+    def closed_by_store(self) -> bool:
+        """Whether the store closed the window, as it does when its rows came to nothing."""
+        try:
+            self._window.row_ids(next(iter(self._tables)))
+        except EngramStoreError:
+            return True
+        return False
 
     def push(self) -> Iterator[GradientBlock]:
         """Hand over every gradient that is there and was not handed over before, one by one.

@@ -1,11 +1,22 @@
 """The windows a trainer has open, by ticket and by step."""
 
+import contextlib
 import itertools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
-from engram_store.errors import ConfigError, DuplicateStepError, ProtocolError, StepGapError
+import torch
+from torch import Tensor
+
+from engram_store.errors import (
+    ConfigError,
+    DuplicateStepError,
+    EngramStoreError,
+    ProtocolError,
+    StepGapError,
+)
 from engram_store.session import Applied, Session
 from engram_store.types import TokenIds
 from engram_store_client.rows import WindowRows
@@ -33,8 +44,20 @@ _SUSPICIOUS_STEPS = 2
 """A gate that starts as the identity gives zero gradients in its first step, and only then."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A commit in the background."""
+
+    step: int
+    applied: "Future[Applied]"
+    clip_scale: float
+
+
 class OpenWindows:
     """Announces windows, remembers them by ticket, and hands their gradients over.
+
+    A commit may be under way. What it raises is raised once, by the next call that needs the
+    store; the windows of its step stay open until then, so that it can be committed again.
 
     Args:
         session: the store.
@@ -46,6 +69,9 @@ class OpenWindows:
         self._session, self._zero_table = session, zero_table
         self._control_step = session.step
         self._numbers = itertools.count(1)
+        self._begun: _Begun | None = None
+        self.clip_scale = 1.0
+        """Factor on the pending step's gradients."""
         self._ahead: dict[int, WindowRows] = {}
         self._training: list[WindowRows] = []
         self._steps = 0
@@ -64,7 +90,7 @@ class OpenWindows:
     def restart_at(self, step: int) -> None:
         """Close everything; the control arm goes on from `step`."""
         self.close_all()
-        self._control_step = step
+        self._control_step, self.clip_scale = step, 1.0
 
     def announce(
         self,
@@ -75,6 +101,7 @@ class OpenWindows:
         attention_mask: TokenIds | None = None,
     ) -> WindowRows:
         """See `Session.announce`; step of None: only read."""
+        self._end_commit()
         window = self._session.announce(
             tokens,
             None if self._zero_table else step,
@@ -108,6 +135,13 @@ class OpenWindows:
             )
         return window
 
+    def lookup(
+        self, window: WindowRows, layer: int, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """See `WindowRows.lookup`."""
+        with self._commit_first():
+            return window.lookup(layer, device, dtype)
+
     def release(self, window: WindowRows) -> None:
         """Close a window that was only read."""
         self._retire(window)
@@ -123,16 +157,20 @@ class OpenWindows:
 
     def push(self) -> None:
         """Hand the pending step's gradients to the store. Raises: what `Window.push` raises."""
-        for window in self._of_step(self.step):
-            if self._zero_table:
-                continue
-            for block in window.push():
-                self._gradients += 1
-                self._rows += block.shape[0]
-                self._zero_gradients += not block.any()
+        if self._zero_table:
+            return
+        self._end_commit()
+        with self._commit_first():
+            for window in self._of_step(self.step):
+                for block in window.push():
+                    self._gradients += 1
+                    self._rows += block.shape[0]
+                    # Almost always the first rows tell.
+                    self._zero_gradients += not (block[:64].any() or block.any())
 
     def gradient_norm(self) -> float:
         """Of the pending step's pushed gradients; 0 in the control arm."""
+        self.finish_commit()
         return 0.0 if self._zero_table else self._session.gradient_norm()
 
     def commit(
@@ -143,26 +181,83 @@ class OpenWindows:
         gradient_scale: float,
         eps: float | None,
         betas: tuple[float, float],
-    ) -> Applied:
-        """Push what was not pushed, then see `Session.commit`."""
+        wait: bool = True,
+    ) -> Applied | None:
+        """Push what was not pushed, then see `Session.commit`.
+
+        `gradient_scale` is multiplied by `clip_scale`, which is 1 afterwards. Without `wait` the
+        commit is begun, and None returned.
+        """
         if self._zero_table:
             applied = self._commit_control(step)
-        else:
-            if step == self.step:
-                self.push()
-            applied = self._session.commit(
-                step, lr, gradient_scale=gradient_scale, eps=eps, betas=betas
-            )
-        self._close_step(step)
+            self._close_step(step)
+            self._count_step()
+            return applied if wait else None
+        if step == self.step:
+            self.push()
+        self.finish_commit()
+        call = self._session.commit if wait else self._session.begin_commit
+        scale = gradient_scale * self.clip_scale
+        done = call(step, lr, gradient_scale=scale, eps=eps, betas=betas)
+        if isinstance(done, Applied):
+            self._close_step(step)
+            self._count_step()
+            return done
+        # Its windows are closed when it is done: the store still reads from them.
+        self._begun = _Begun(step, done, self.clip_scale)
+        self._count_step()
+        return None
+
+    def _count_step(self) -> None:
+        self.clip_scale = 1.0
         self._steps += 1
         self._warn_if_dead()
-        return applied
+
+    def finish_commit(self) -> Applied | None:
+        """Wait for a commit that was begun. Raises, once: what it raised."""
+        begun = self._begun
+        if begun is None:
+            return None
+        error = begun.applied.exception()
+        self._begun = None
+        if error is not None:
+            self._take_back(begun)
+            raise error
+        self._close_step(begun.step)
+        return begun.applied.result()
+
+    def _take_back(self, begun: _Begun) -> None:
+        """The step is the next one again, and the one after it must be run again."""
+        self.clip_scale = begun.clip_scale
+        self._steps -= 1
+        for window in self._of_step(begun.step + 1):
+            if window.closed_by_store():
+                self._retire(window)
+        self._forget_closed()
+
+    def _end_commit(self) -> None:
+        """See `finish_commit`; waits for nothing."""
+        if self._begun is not None and self._begun.applied.done():
+            self.finish_commit()
+
+    @contextlib.contextmanager
+    def _commit_first(self) -> Iterator[None]:
+        """If the store refuses something because a commit failed, that is the reason to give."""
+        try:
+            yield
+        except EngramStoreError:
+            self.finish_commit()
+            raise
 
     def skip(self, step: int) -> Applied:
         """Commit a step that changes no row; its windows are closed first."""
+        self.finish_commit()
         self._check_next(step)
         self._close_step(step)
-        return self.commit(step, 0.0, gradient_scale=1.0, eps=None, betas=(0.9, 0.999))
+        self.clip_scale = 1.0
+        applied = self.commit(step, 0.0, gradient_scale=1.0, eps=None, betas=(0.9, 0.999))
+        assert applied is not None
+        return applied
 
     def _warn_if_dead(self) -> None:
         """Say it once when the first steps changed no row at all."""
@@ -173,7 +268,7 @@ class OpenWindows:
                 "so: create the store with random initial rows, or attach with "
                 "identity_init=False. Else see that the optimizer got the gates' parameters",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _check_next(self, step: int) -> None:
@@ -186,7 +281,13 @@ class OpenWindows:
         return Applied(step=step, rows=dict.fromkeys(self._session.tables, 0), skipped_rows={})
 
     def close_all(self) -> None:
-        """Give every window back."""
+        """Give every window back, once no commit is under way. Raises: see `finish_commit`."""
+        try:
+            self.finish_commit()
+        finally:
+            self._close_windows()
+
+    def _close_windows(self) -> None:
         for window in (*self._training, *self._ahead.values()):
             self._retire(window)
         self._forget_closed()

@@ -1,6 +1,10 @@
 """Benchmarks that users run: every number beside its reference, measured in the same run."""
 
 from engram_store.bench.harness import (
+    ColdWorkload,
+    ComparedWorkload,
+    GrowthWorkload,
+    HitrateWorkload,
     RecoverWorkload,
     Report,
     Target,
@@ -11,6 +15,10 @@ from engram_store.bench.harness import (
 from engram_store.bench.run import run_bench
 
 __all__ = [
+    "ColdWorkload",
+    "ComparedWorkload",
+    "GrowthWorkload",
+    "HitrateWorkload",
     "RecoverWorkload",
     "Report",
     "Target",

@@ -1,18 +1,16 @@
 """Timing, and the records that a benchmark leaves behind."""
 
 import gc
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from engram_store.bench.machine import describe_machine as describe_machine
 
 WARM_UP = 5
 """Rounds before timing starts."""
@@ -49,12 +47,57 @@ class WritesWorkload(Workload):
     """Steps of every writer while memory is a third of the table."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComparedWorkload(Workload):
+    """What `bench window` and `bench update` measure."""
+
+    peers: bool = True
+    """Compare with other software that is installed, too."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GrowthWorkload(Workload):
+    """What `bench growth` measures: `rows` are those of the smallest table."""
+
+    factors: tuple[int, ...] = (1, 10, 100)
+    """How many times as many rows each table has, the smallest first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ColdWorkload(Workload):
+    """What `bench cold` measures; `repetitions` are rounds in which everybody has a turn."""
+
+    windows: int = 6
+    """Different windows, one after the other in a round."""
+    look_ahead: int = 2
+    """Steps by which windows are announced ahead of their own."""
+    fio_seconds: float = 1.0
+    """How long fio reads each time; it does between any two of ours."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HitrateWorkload(Workload):
+    """What `bench hitrate` measures; `repetitions` are the timed steps of each point."""
+
+    trained_steps: int = 240
+    """Steps that the store was trained for before anything is measured."""
+    shares: tuple[float, ...] = (1 / 6, 1 / 4, 1 / 3, 1 / 2, 1.0)
+    """Memory of each point, as a share of the table; the smallest first."""
+
+
 @dataclass(frozen=True, slots=True)
 class Timing:
     """Durations of one case, warm-up left out."""
 
     name: str
     samples_ms: NDArray[np.float64]
+    rows: float | None = None
+    """Rows of a repetition, of cases that differ in it and are compared row by row."""
+
+    @property
+    def ns_per_row(self) -> float | None:
+        """Median nanoseconds of a row; None: not compared row by row."""
+        return self.median_ms * 1e6 / self.rows if self.rows else None
 
     @property
     def median_ms(self) -> float:
@@ -106,24 +149,73 @@ class Target:
     measured: float | None
     """None: not measured here."""
     met: bool | None
+    limit: float
+    """The number in `target`."""
+
+    @property
+    def share(self) -> float | None:
+        """1 where the target is just met, more where it is missed; None: not measured."""
+        if self.measured is None:
+            return None
+        least = self.target.startswith(">=")
+        part, whole = (self.limit, self.measured) if least else (self.measured, self.limit)
+        return part / whole if whole else float("inf")
 
     @classmethod
     def at_most(cls, what: str, limit: float, measured: float | None, unit: str = "ms") -> "Target":
         """A limit that may not be exceeded; of milliseconds, unless `unit` is another."""
         met = None if measured is None else measured <= limit
-        return cls(what=what, target=f"<= {limit:g} {unit}", measured=measured, met=met)
+        target = f"<= {limit:g} {unit}"
+        return cls(what=what, target=target, measured=measured, met=met, limit=limit)
 
     @classmethod
     def at_least(cls, what: str, least: float, measured: float | None, unit: str) -> "Target":
         """What has to be reached, in `unit`."""
         met = None if measured is None else measured >= least
-        return cls(what=what, target=f">= {least:g} {unit}", measured=measured, met=met)
+        target = f">= {least:g} {unit}"
+        return cls(what=what, target=target, measured=measured, met=met, limit=least)
 
     @classmethod
     def times_faster(cls, what: str, factor: float, measured: float | None) -> "Target":
         """How many times faster than a reference."""
         met = None if measured is None else measured >= factor
-        return cls(what=what, target=f">= {factor:g}x", measured=measured, met=met)
+        target = f">= {factor:g}x"
+        return cls(what=what, target=target, measured=measured, met=met, limit=factor)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Series:
+    """One curve: a measured value over something that was varied."""
+
+    name: str
+    x_label: str
+    """What was varied, with its unit."""
+    y_label: str
+    """What was measured, with its unit: curves that share both labels are drawn together."""
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {**asdict(self), "x": list(self.x), "y": [round(y, 4) for y in self.y]}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PeerFact:
+    """How other software took part in a run, or why it did not."""
+
+    name: str
+    what: str
+    """How it was used."""
+    version: str | None = None
+    missing: str | None = None
+    """Why it was not measured; None: it was."""
+    table_rows: int | None = None
+    """Rows that it held: the first ones of the table."""
+    rows_per_batch: int | None = None
+    """Unique rows of a step that it was asked for."""
+    open_seconds: float | None = None
+    """Until it had its table: made, or found from an earlier run, and read once."""
 
 
 @dataclass(kw_only=True)
@@ -137,6 +229,8 @@ class Report:
     references: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Which timings each timing is compared with, by name."""
     quantities: list[Quantity] = field(default_factory=list)
+    series: list[Series] = field(default_factory=list)
+    peers: list[PeerFact] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -145,10 +239,13 @@ class Report:
         return next((timing for timing in self.timings if timing.name == name), None)
 
     def ratios(self, timing: Timing) -> dict[str, float]:
-        """Median over each reference's median: below 1 is faster than the reference."""
+        """Median over each reference's median: below 1 is faster than the reference.
+
+        Of a row where both tell how many rows they had, else of a repetition.
+        """
         made = {name: self.timing(name) for name in self.references.get(timing.name, ())}
         return {
-            name: timing.median_ms / reference.median_ms
+            name: _ratio(timing, reference)
             for name, reference in made.items()
             if reference is not None
         }
@@ -159,21 +256,33 @@ class Report:
             "bench": self.bench,
             "machine": self.machine,
             "workload": self.workload,
-            "results": [
-                {
-                    "name": timing.name,
-                    "median_ms": round(timing.median_ms, 4),
-                    "p95_ms": round(timing.p95_ms, 4),
-                    "max_ms": round(timing.max_ms, 4),
-                    "repetitions": int(timing.samples_ms.size),
-                    "ratio_to": {k: round(v, 4) for k, v in self.ratios(timing).items()},
-                }
-                for timing in self.timings
-            ],
+            "results": [self._result(timing) for timing in self.timings],
             "quantities": [quantity.to_json() for quantity in self.quantities],
+            "series": [series.to_json() for series in self.series],
+            "peers": [asdict(peer) for peer in self.peers],
             "targets": [asdict(target) for target in self.targets],
             "notes": self.notes,
         }
+
+    def _result(self, timing: Timing) -> dict[str, Any]:
+        result: dict[str, Any] = {
+            "name": timing.name,
+            "median_ms": round(timing.median_ms, 4),
+            "p95_ms": round(timing.p95_ms, 4),
+            "max_ms": round(timing.max_ms, 4),
+            "repetitions": int(timing.samples_ms.size),
+            "ratio_to": {name: round(ratio, 4) for name, ratio in self.ratios(timing).items()},
+        }
+        if timing.rows is not None and timing.ns_per_row is not None:
+            result |= {"rows": round(timing.rows), "ns_per_row": round(timing.ns_per_row, 2)}
+        return result
+
+
+def _ratio(timing: Timing, reference: Timing) -> float:
+    mine, theirs = timing.ns_per_row, reference.ns_per_row
+    if mine is None or theirs is None:
+        return timing.median_ms / reference.median_ms
+    return mine / theirs
 
 
 Case = Callable[[int], float | None]
@@ -181,7 +290,9 @@ Case = Callable[[int], float | None]
 part of what it does counts."""
 
 
-def measure(cases: Mapping[str, Case], *, repetitions: int, batches: int) -> list[Timing]:
+def measure(
+    cases: Mapping[str, Case], *, repetitions: int, batches: int, warm_up: int = WARM_UP
+) -> list[Timing]:
     """Time cases in turn, round after round, so that noise of the machine hits all alike.
 
     In a round each case gets another batch, and over the rounds all get the same ones: a case
@@ -190,14 +301,14 @@ def measure(cases: Mapping[str, Case], *, repetitions: int, batches: int) -> lis
     samples: dict[str, list[float]] = {name: [] for name in cases}
     stride = max(batches // len(cases), 1)
     with undisturbed():
-        for turn in range(WARM_UP + repetitions):
+        for turn in range(warm_up + repetitions):
             for position, (name, case) in enumerate(cases.items()):
                 batch = (turn + position * stride) % batches
                 started = time.perf_counter()
                 own = case(batch)
                 elapsed = (time.perf_counter() - started) * 1e3
                 samples[name].append(elapsed if own is None else own)
-    return [Timing(name, np.array(times[WARM_UP:])) for name, times in samples.items()]
+    return [Timing(name, np.array(times[warm_up:])) for name, times in samples.items()]
 
 
 @contextmanager
@@ -216,32 +327,3 @@ def stopwatch_ms(action: Callable[[], Any]) -> float:
     started = time.perf_counter()
     action()
     return (time.perf_counter() - started) * 1e3
-
-
-def describe_machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    names = ("engram-store", "numpy", "numba", "llvmlite", "torch", "grpcio", "protobuf")
-    return {
-        "cpu": _first_value("/proc/cpuinfo", "model name") or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        "kernel": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "versions": {name: version for name in names if (version := _version(name))},
-        "load_average": [round(load, 2) for load in os.getloadavg()],
-    }
-
-
-def _first_value(path: str, key: str) -> str | None:
-    for line in Path(path).read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == key:
-            return value.strip()
-    return None
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None

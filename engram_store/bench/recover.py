@@ -17,10 +17,10 @@ from engram_store.bench.harness import RecoverWorkload, Report, Target, Timing, 
 from engram_store.bench.pauses import BESIDE, COMMIT, PAUSE, SNAPSHOT, Snapshots
 from engram_store.bench.reopening import Reopened, Shop, fill_and_kill, fill_in_segments, reopen
 from engram_store.bench.workplace import FIRST_STEP, LAYER, Say, Workplace
+from engram_store.engine.extents import BLOCK_SLOTS
 from engram_store.engine.memtable import memtable_bytes
 from engram_store.engine.placement import SHARED_MEMORY
 from engram_store.engine.recovery import RecoveryKind
-from engram_store.engine.table import BLOCK_SLOTS
 from engram_store.errors import ConfigError, EngramStoreError
 from engram_store.types import TableSpec
 
@@ -169,7 +169,8 @@ def _judge(report: Report, overlay_rows: int) -> None:
     report.notes = [
         "'reopen': in a fresh process, from engram_store.open to the first row that is read",
         "the rows in shared memory are all different, so every one of them is sealed",
-        "'take over' ends with the first file written, 'seal' when new memtables are made",
+        "'take over' ends with the first file written, 'seal' when memtables are opened anew",
+        f"'{KILLED}' uses the files of the memtables again, the others make new ones",
         f"'{JOURNAL}': durability 'step'; killed, and shared memory removed",
         "files are in the page cache, also the journal, which a host that starts reads from disk",
         f"'{BESIDE}': commits go on while another thread waits in snapshot()",

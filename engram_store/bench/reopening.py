@@ -21,7 +21,7 @@ import engram_store
 from engram_store.bench.process import child_result, python_command
 from engram_store.bench.workplace import FIRST_STEP, LAYER
 from engram_store.engine import Engine
-from engram_store.engine.engine import TableUpdate
+from engram_store.engine.updates import TableUpdate
 from engram_store.errors import EngramStoreError
 from engram_store.layout.disk import Disk
 from engram_store.optimizers import rule_step
@@ -66,7 +66,7 @@ class Reopened:
     take_over_ms: float | None
     """Until the first file was written; None where nothing had to be sealed."""
     seal_ms: float | None
-    """From then until the new memtables were made."""
+    """From then until memtables were opened for the next steps."""
     map_ms: float | None
     """From then to the first row."""
 

@@ -1,9 +1,11 @@
 """A report for people."""
 
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 
-from engram_store.bench.harness import Quantity, Report, Target
+from engram_store.bench.harness import PeerFact, Quantity, Report, Target
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
@@ -17,19 +19,24 @@ def print_report(report: Report, console: Console | None = None) -> None:
     )
     loads = ", ".join(f"{load:g}" for load in machine["load_average"])
     console.print(f"{machine['cpu']}, {machine['cores']} cores, load {loads}", style="dim")
+    if place := _place(machine):
+        console.print(place, style="dim")
 
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("one layer")
-    for name in ("median ms", "p95"):
+    by_row = any(timing.rows for timing in report.timings)
+    for name in ("median ms", "p95", *(["ns a row"] if by_row else [])):
         table.add_column(name, justify="right")
     table.add_column("takes")
     for timing in report.timings:
         compared = report.ratios(timing).items()
+        row_cost = "" if timing.ns_per_row is None else f"{timing.ns_per_row:,.1f}"
         table.add_row(
             timing.name,
             f"{timing.median_ms:.2f}",
             f"{timing.p95_ms:.2f}",
-            "\n".join(f"{ratio:.2f} of {name}" for name, ratio in compared),
+            *([row_cost] if by_row else []),
+            "\n".join(f"{_number(ratio)} of {name}" for name, ratio in compared),
             style=None if compared else "dim",
         )
     console.print()
@@ -42,6 +49,30 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console.print(_target_line(target))
     for note in report.notes:
         console.print(note, style="dim")
+    for peer in report.peers:
+        console.print(_peer_line(peer), style="dim", markup=False)
+
+
+def _place(machine: dict[str, Any]) -> str:
+    """What else decides how fast this was, as far as it is known."""
+    limit, pages = machine.get("memory_limit_bytes"), machine.get("transparent_huge_pages", {})
+    facts = {
+        "memory limit": f"{limit / 1e9:.1f} GB" if limit else None,
+        "huge pages": pages.get("anonymous"),
+        "on": " ".join(filter(None, (machine.get("file_system"), machine.get("device")))),
+        "revision": machine.get("revision"),
+    }
+    return ", ".join(f"{name} {fact}" for name, fact in facts.items() if fact)
+
+
+def _peer_line(peer: PeerFact) -> str:
+    """How a peer was used, or why it was not."""
+    if peer.missing is not None:
+        return f"{peer.name}: {peer.missing}"
+    return (
+        f"{peer.name} {peer.version}: {peer.what}; holds the first {peer.table_rows:,} rows, "
+        f"asked for {peer.rows_per_batch:,} of a batch; ready after {peer.open_seconds:.1f} s"
+    )
 
 
 def _quantities(quantities: list[Quantity]) -> Table:

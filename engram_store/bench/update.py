@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from engram_store.bench import plain
 from engram_store.bench.harness import (
     Case,
+    ComparedWorkload,
     Report,
     Target,
     Timing,
@@ -17,6 +18,7 @@ from engram_store.bench.harness import (
     measure,
     stopwatch_ms,
 )
+from engram_store.bench.peers.compare import Comparison
 from engram_store.bench.workplace import BATCHES, LAYER, Say, Workplace
 from engram_store.engine.engine import TableUpdate
 from engram_store.optimizers import commit_seed, rule_step
@@ -38,8 +40,12 @@ _COMMITS_PER_FREEZE = 4
 
 
 def bench_update(place: Workplace, say: Say) -> Report:
-    """Measure the commits of one layer."""
+    """Measure the commits of one layer; its workload is a `ComparedWorkload`."""
+    workload = place.workload
+    assert isinstance(workload, ComparedWorkload)
     report = Report(bench="update", machine=describe_machine(), workload=place.describe())
+    # It remembers rows as they are before they are trained here.
+    comparison = Comparison(place, report, say) if workload.peers else None
     commits = _Commits(place)
     memory = _Memory(place.rows_in_memory(), np.zeros(place.spec.rows, np.float32), commits)
     cases: dict[str, Case] = {
@@ -55,12 +61,20 @@ def bench_update(place: Workplace, say: Say) -> Report:
         report.notes.append("torch is not installed, so nothing is compared with it")
     else:
         cases[_TORCH] = torch_update
-    say(f"measuring {place.workload.repetitions} rounds")
-    report.timings = measure(cases, repetitions=place.workload.repetitions, batches=BATCHES)
+    say(f"measuring {workload.repetitions} rounds")
+    report.timings = measure(cases, repetitions=workload.repetitions, batches=BATCHES)
     say("measuring freezes and commits beside a seal")
     report.timings += commits.freezes_and_seals()
-    report.references = _REFERENCES
+    report.references = dict(_REFERENCES)
     _judge(report)
+    if comparison is not None:
+        del memory, cases, torch_update  # peers need the room
+        comparison.steps(commits.step, commits.gradients)
+        report.notes += [
+            "'step': announce (hash, repeats removed), rows, push, commit, by the public calls",
+            "a peer's step gets unique rows and summed gradients for nothing",
+            "SparseAdam keeps two float32 values per value, FBGEMM one per row, as the store does",
+        ]
     return report
 
 
@@ -125,6 +139,20 @@ class _Commits:
         window.rows(LAYER)
         window.push(LAYER, self.gradients[: batch.rows.size])
         return stopwatch_ms(lambda: store.commit(store.step, lr=_LEARNING_RATE))
+
+    def step(self, number: int) -> float:
+        """A whole step through the public calls."""
+        store, batch = self.place.store, self.place.batches[number]
+        gradients = self.gradients[: batch.rows.size]
+        self._make_room(batch.rows.size)
+
+        def train() -> None:
+            window = store.announce(batch.tokens, step=store.step)
+            window.rows(LAYER)
+            window.push(LAYER, gradients)
+            store.commit(store.step, lr=_LEARNING_RATE)
+
+        return stopwatch_ms(train)
 
     def push(self, number: int) -> float:
         """Handing gradients over."""

@@ -6,11 +6,13 @@ from numpy.typing import NDArray
 from engram_store.bench import plain
 from engram_store.bench.harness import (
     Case,
+    ComparedWorkload,
     Report,
     Target,
     describe_machine,
     measure,
 )
+from engram_store.bench.peers.compare import Comparison
 from engram_store.bench.workplace import BATCHES, LAYER, Batch, Say, Workplace, touched
 from engram_store.engine.lookup import LookupScratch
 from engram_store.types import RowIds, TokenIds
@@ -26,13 +28,15 @@ _REFERENCES = {
 
 
 def bench_window(place: Workplace, say: Say) -> Report:
-    """Measure a window of one layer."""
+    """Measure a window of one layer; its workload is a `ComparedWorkload`."""
+    workload = place.workload
+    assert isinstance(workload, ComparedWorkload)
     report = Report(bench="window", machine=describe_machine(), workload=place.describe())
     cases = _cases(place)
     _check_numpy(place)
-    say(f"measuring {place.workload.repetitions} rounds")
-    report.timings = measure(cases, repetitions=place.workload.repetitions, batches=BATCHES)
-    report.references = _REFERENCES
+    say(f"measuring {workload.repetitions} rounds")
+    report.timings = measure(cases, repetitions=workload.repetitions, batches=BATCHES)
+    report.references = dict(_REFERENCES)
     medians = {timing.name: timing.median_ms for timing in report.timings}
     report.targets = [
         Target.at_most("a window, per layer", 4, medians[_TOTAL]),
@@ -42,7 +46,31 @@ def bench_window(place: Workplace, say: Say) -> Report:
         "'memory' is the same steps over rows in anonymous memory (huge pages), without a remap",
         "'announce to rows' adds the session: checks, a copy of the tokens and two thread hops",
     ]
+    if workload.peers:
+        unique, lookups = cases["remap + gather"], _every_lookup(place)
+        del cases  # and with them the table in memory: peers need the room
+        Comparison(place, report, say).reads(unique, lookups)
+        report.notes += [
+            "'rows' is 'remap + gather', in turn with each peer; peers are compared row by row",
+            "'look-ups': repeats removed, gathered, and copied out for each look-up",
+        ]
     return report
+
+
+def _every_lookup(place: Workplace) -> Case:
+    """What a peer that is asked for repeats has to be compared with."""
+    batches, spec, scratch = place.batches, place.spec, LookupScratch()
+    most, lookups = max(batch.rows.size for batch in batches), batches[0].lookups.size
+    slot = touched(most * spec.dim, spec.dtype.storage).reshape(most, spec.dim)
+    out = touched(lookups * spec.dim, spec.dtype.storage).reshape(lookups, spec.dim)
+    inverse = touched(lookups, np.int32)
+
+    def case(number: int) -> None:
+        rows = scratch.deduplicate(batches[number].lookups, inverse)
+        place.engine.gather(LAYER, rows, slot[: rows.size])
+        np.take(slot, inverse, axis=0, out=out, mode="clip")
+
+    return case
 
 
 def _cases(place: Workplace) -> dict[str, Case]:

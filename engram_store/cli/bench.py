@@ -11,6 +11,10 @@ if TYPE_CHECKING:
 bench = typer.Typer(add_completion=False, no_args_is_help=True)
 
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_Plot = Annotated[
+    Path | None,
+    typer.Option("--plot", help="Draw the report: a .png file, or a directory for one."),
+]
 _Rows = Annotated[int, typer.Option(help="Rows of the table.")]
 _Tokens = Annotated[int, typer.Option(help="Tokens of a step.")]
 _Steps = Annotated[int, typer.Option(help="Timed repetitions.")]
@@ -19,8 +23,9 @@ _Directory = Annotated[
     typer.Option("--dir", help="Where to work; kept, so that the next run starts at once."),
 ]
 _Quick = Annotated[bool, typer.Option(help="Small sizes, whatever else is given.")]
+_Peers = Annotated[bool, typer.Option(help="Compare with other software that is installed.")]
 _ROWS, _TOKENS, _STEPS = 16_700_000, 16_384, 40
-_QUICK_ROWS, _QUICK_TOKENS = 1_000_000, 2_048
+_QUICK_ROWS, _QUICK_TOKENS, _QUICK_STEPS = 1_000_000, 2_048, 10
 
 
 @bench.callback()
@@ -31,42 +36,53 @@ def _group() -> None:
 @bench.command()
 def window(
     json: _Json = False,
+    plot: _Plot = None,
     rows: _Rows = _ROWS,
     tokens: _Tokens = _TOKENS,
     steps: _Steps = _STEPS,
+    peers: _Peers = True,
+    quick: _Quick = False,
     directory: _Directory = None,
 ) -> None:
     """From the tokens of a step to its rows: hash, remove repeats, gather."""
-    _run("window", json, rows, tokens, steps, directory)
+    _compare("window", json, plot, rows, tokens, steps, peers, quick, directory)
 
 
 @bench.command()
 def update(
     json: _Json = False,
+    plot: _Plot = None,
     rows: _Rows = _ROWS,
     tokens: _Tokens = _TOKENS,
     steps: _Steps = _STEPS,
+    peers: _Peers = True,
+    quick: _Quick = False,
     directory: _Directory = None,
 ) -> None:
     """A commit: optimiser step on every row of a step, crash-safe."""
-    _run("update", json, rows, tokens, steps, directory)
+    _compare("update", json, plot, rows, tokens, steps, peers, quick, directory)
 
 
 @bench.command()
 def ipc(
     json: _Json = False,
+    plot: _Plot = None,
     rows: _Rows = _ROWS,
     tokens: _Tokens = _TOKENS,
     steps: _Steps = _STEPS,
     directory: _Directory = None,
 ) -> None:
     """What a store process costs over the store in the trainer's own process."""
-    _run("ipc", json, rows, tokens, steps, directory)
+    from engram_store.bench import Workload
+
+    workload = Workload(rows=rows, tokens=tokens, repetitions=steps)
+    _measure("ipc", json, plot, workload, directory)
 
 
 @bench.command()
 def recover(
     json: _Json = False,
+    plot: _Plot = None,
     rows: _Rows = _ROWS,
     tokens: _Tokens = _TOKENS,
     steps: Annotated[int, typer.Option(help="Kills of every kind.")] = 3,
@@ -84,12 +100,13 @@ def recover(
     workload = RecoverWorkload(
         rows=rows, tokens=tokens, repetitions=steps, overlay_rows=overlay_rows
     )
-    _measure("recover", json, workload, directory)
+    _measure("recover", json, plot, workload, directory)
 
 
 @bench.command()
 def writes(
     json: _Json = False,
+    plot: _Plot = None,
     rows: _Rows = _ROWS,
     tokens: _Tokens = _TOKENS,
     steps: Annotated[int, typer.Option(help="Steps that the store trains.")] = 400,
@@ -107,22 +124,151 @@ def writes(
     workload = WritesWorkload(
         rows=rows, tokens=tokens, repetitions=steps, limited_steps=limited_steps
     )
-    _measure("writes", json, workload, directory)
+    _measure("writes", json, plot, workload, directory)
 
 
-def _run(
-    which: str, as_json: bool, rows: int, tokens: int, steps: int, directory: Path | None
+@bench.command()
+def growth(
+    json: _Json = False,
+    plot: _Plot = None,
+    rows: Annotated[int, typer.Option(help="Rows of the smallest table.")] = 1_000_000,
+    tokens: _Tokens = _TOKENS,
+    steps: _Steps = _STEPS,
+    quick: _Quick = False,
+    directory: _Directory = None,
 ) -> None:
-    from engram_store.bench import Workload
+    """Windows and commits of tables that have 10 and 100 times as many rows."""
+    from engram_store.bench import GrowthWorkload
 
-    _measure(which, as_json, Workload(rows=rows, tokens=tokens, repetitions=steps), directory)
+    if quick:
+        rows, tokens, steps = _QUICK_ROWS // 10, _QUICK_TOKENS, _QUICK_STEPS
+    workload = GrowthWorkload(rows=rows, tokens=tokens, repetitions=steps)
+    _measure("growth", json, plot, workload, directory)
 
 
-def _measure(which: str, as_json: bool, workload: "Workload", directory: Path | None) -> None:
+@bench.command()
+def train(
+    json: _Json = False,
+    plot: _Plot = None,
+    rows: Annotated[int, typer.Option(help="Rows of the table that fits into memory.")] = 8_200_000,
+    tokens: _Tokens = _TOKENS,
+    steps: Annotated[int, typer.Option(help="Timed steps of every line.")] = _STEPS,
+    limited_rows: Annotated[
+        int, typer.Option(help="Rows of the table that is four times the memory limit.")
+    ] = 44_000_000,
+    limited_tokens: Annotated[
+        int, typer.Option(help="Tokens of a step while memory is limited.")
+    ] = 4096,
+    limited_steps: Annotated[
+        int, typer.Option(help="Steps of one pass over the text while memory is limited.")
+    ] = 64,
+    quick: _Quick = False,
+    directory: _Directory = None,
+) -> None:
+    """Tokens a second of a small model on the CPU, beside rows in memory and no table at all."""
+    from engram_store.bench.train_place import TrainWorkload
+
+    if quick:
+        rows, limited_rows = _QUICK_ROWS, _QUICK_ROWS
+        tokens, limited_tokens = _QUICK_TOKENS, _QUICK_TOKENS
+        steps, limited_steps = _QUICK_STEPS, _QUICK_STEPS
+    workload = TrainWorkload(
+        rows=rows,
+        tokens=tokens,
+        repetitions=steps,
+        limited_rows=limited_rows,
+        limited_tokens=limited_tokens,
+        limited_steps=limited_steps,
+    )
+    _measure("train", json, plot, workload, directory)
+
+
+@bench.command()
+def cold(
+    json: _Json = False,
+    plot: _Plot = None,
+    rows: Annotated[int, typer.Option(help="Rows of the table; each is written.")] = 33_500_000,
+    tokens: _Tokens = _TOKENS,
+    steps: Annotated[int, typer.Option(help="Rounds; everybody has a turn in each.")] = 5,
+    windows: Annotated[int, typer.Option(help="Different windows of a round.")] = 6,
+    look_ahead: Annotated[int, typer.Option(help="Steps by which windows are announced.")] = 2,
+    fio_seconds: Annotated[float, typer.Option(help="How long fio reads each time.")] = 1.0,
+    quick: _Quick = False,
+    directory: _Directory = None,
+) -> None:
+    """Rows that are not in memory: reads a second and CPU time, beside fio and others."""
+    from engram_store.bench import ColdWorkload
+
+    if quick:
+        rows, tokens, steps, windows, fio_seconds = _QUICK_ROWS, _QUICK_TOKENS, 1, 2, 0.2
+    workload = ColdWorkload(
+        rows=rows,
+        tokens=tokens,
+        repetitions=steps,
+        windows=windows,
+        look_ahead=look_ahead,
+        fio_seconds=fio_seconds,
+    )
+    _measure("cold", json, plot, workload, directory)
+
+
+@bench.command()
+def hitrate(
+    json: _Json = False,
+    plot: _Plot = None,
+    rows: Annotated[int, typer.Option(help="Rows of the table.")] = 8_350_000,
+    tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = 4_096,
+    steps: Annotated[int, typer.Option(help="Timed steps of each point.")] = 8,
+    trained_steps: Annotated[
+        int, typer.Option(help="Steps that the store was trained for before.")
+    ] = 240,
+    quick: _Quick = False,
+    directory: _Directory = None,
+) -> None:
+    """Device reads and step time over memory, beside rows that are updated in place."""
+    from engram_store.bench import HitrateWorkload
+
+    if quick:
+        rows, tokens, steps, trained_steps = _QUICK_ROWS, _QUICK_TOKENS // 2, 2, 6
+    workload = HitrateWorkload(
+        rows=rows, tokens=tokens, repetitions=steps, trained_steps=trained_steps
+    )
+    _measure("hitrate", json, plot, workload, directory)
+
+
+def _compare(
+    which: str,
+    as_json: bool,
+    plot: Path | None,
+    rows: int,
+    tokens: int,
+    steps: int,
+    peers: bool,
+    quick: bool,
+    directory: Path | None,
+) -> None:
+    from engram_store.bench import ComparedWorkload
+
+    if quick:
+        rows, tokens, steps = _QUICK_ROWS, _QUICK_TOKENS, _QUICK_STEPS
+    workload = ComparedWorkload(rows=rows, tokens=tokens, repetitions=steps, peers=peers)
+    _measure(which, as_json, plot, workload, directory)
+
+
+def _measure(
+    which: str, as_json: bool, plot: Path | None, workload: "Workload", directory: Path | None
+) -> None:
+    """Measure, draw, print: the end of every command."""
+    from engram_store.bench import run_bench
+    from engram_store.bench.plots import plot_path, plot_report, require_matplotlib
+
+    if plot is not None:
+        # Minutes of measuring must not end in an error that was there before.
+        require_matplotlib()
+        plot_path(plot, which)
     typer.echo(
         f"bench {which}: {workload.rows:,} rows, {workload.tokens:,} tokens a step", err=True
     )
-    from engram_store.bench import run_bench
 
     def progress(text: str) -> None:
         typer.echo(f"  {text} ...", err=True)
@@ -136,3 +282,5 @@ def _measure(which: str, as_json: bool, workload: "Workload", directory: Path | 
         from engram_store.bench.report import print_report
 
         print_report(report)
+    if plot is not None:
+        typer.echo(f"drawn to {plot_report(report, plot)}", err=True)

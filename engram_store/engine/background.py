@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from engram_store.engine.catalog import Catalog
+from engram_store.engine.heads import TouchedRows
 from engram_store.engine.maintenance import Maintenance
 from engram_store.engine.memory import memory_headroom_bytes
 from engram_store.engine.memtable import Commit, Memtable
@@ -48,6 +49,9 @@ class Background:
         self._on_sealed = on_sealed
         self._sealer = ThreadPoolExecutor(1, "engram-seal")
         self.maintenance = maintenance
+        recipe = catalog.metadata.recipe
+        self._touched = {layer: TouchedRows(recipe, table.spec) for layer, table in tables.items()}
+        maintenance.counters.touched = self._touched
         self._seal: tuple[_Frozen, Future[SnapshotRef | None]] | None = None
         self.sealed_step = catalog.manifest.step
         """Step covered by everything sealed or being sealed."""
@@ -104,6 +108,9 @@ class Background:
             self._switch_to_segment(self._tables[layer], frozen.index, segment_ref, live)
         failpoint("seal.patched")
         self._on_sealed(frozen.number, frozen.commit.step)
+        slots = dict(zip(self._tables, memtable.tables, strict=True))
+        for layer, (_, live) in written.items():
+            self._touched[layer].add(slots[layer].ids[live], frozen.commit.step)
         memtable.release()
         self.seals += 1
         self._count(frozen, written)
@@ -127,6 +134,8 @@ class Background:
             # here. Under memory pressure the pages are gone again, and this would read them back.
             for mapping in segment.mappings:
                 mapping.populate_read()
+        if table.paging is not None:
+            table.paging.look_at(segment.mappings)
         table.move_to_segment(index, live, segment)
 
     # ------------------------------------------------------------------ standing still

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from engram_store.engine.fold import FoldedBase
 from engram_store.engine.garbage import GarbageReport, collect
+from engram_store.engine.memory import Mapping as MappedFile
 from engram_store.engine.memtable import Commit
 from engram_store.engine.table import Table
 from engram_store.errors import DiskFaultError, DiskFullError, ProtocolError, StoreFileError
@@ -63,11 +64,12 @@ def check_files(
     return parts
 
 
-def fill_table(table: Table, parts: TableParts) -> None:
-    """Make an empty table read from these files. Be alone."""
-    table.map_base(parts.generation, parts.base)
+def fill_table(table: Table, parts: TableParts) -> list[MappedFile]:
+    """Make an empty table read from these files; returns what to unmap. Hold its lock."""
+    replaced = table.map_base(parts.generation, parts.base)
     for ref, files in parts.segments:
         table.point_at_segment(table.map_segment(ref, files))
+    return replaced
 
 
 class Catalog:

@@ -6,36 +6,40 @@ restores exclude each other), a catalog's lock (manifests are published one at a
 lock (remap and addresses).
 """
 
-import contextlib
-import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from engram_store.engine.background import Background
-from engram_store.engine.catalog import Catalog, check_files, fill_table
+from engram_store.engine.catalog import Catalog, check_files
+from engram_store.engine.cold import Paging
 from engram_store.engine.garbage import Janitor
 from engram_store.engine.journal import Journal
 from engram_store.engine.maintenance import Maintenance
+from engram_store.engine.memory_plan import MemoryPlan, store_plan
 from engram_store.engine.memtable import Commit, memtable_bytes
 from engram_store.engine.options import EngineOptions
-from engram_store.engine.placement import StoreLock, make_memtables, overlay_capacity
-from engram_store.engine.recovery import RecoveryReport, recover, remove_memtables
+from engram_store.engine.overlay import Overlay
+from engram_store.engine.placement import (
+    StoreLock,
+    make_memtables,
+    memtable_places,
+    remove_memtables,
+)
+from engram_store.engine.recovery import RecoveryReport, recover
+from engram_store.engine.restoring import Parts, Restoring, start_from
 from engram_store.engine.scrub import Scrubber
-from engram_store.engine.sealed import find_again
 from engram_store.engine.statistics import MaintenanceCounters
 from engram_store.engine.table import Table
+from engram_store.engine.updates import PostImages, check_updates
+from engram_store.engine.updates import TableUpdate as TableUpdate
 from engram_store.errors import (
     DuplicateStepError,
-    RowRangeError,
     StepGapError,
-    StepTooLargeError,
     StoreClosedError,
 )
 from engram_store.failpoints import failpoint
@@ -43,24 +47,8 @@ from engram_store.layout.manifest import Mark
 from engram_store.layout.metadata import StoreMetadata
 from engram_store.layout.paths import StorePaths
 from engram_store.layout.snapshots import Wanted
-from engram_store.optimizers import Step
-from engram_store.optimizers.kernels import apply_update
 from engram_store.session import SnapshotRef
 from engram_store.types import Durability, RowIds
-
-_logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class TableUpdate:
-    """One table's part of a commit."""
-
-    layer: int
-    rows: RowIds
-    """int32 [n], distinct."""
-    gradients: NDArray[np.float32]
-    """[n, dim], summed per row."""
-    step: Step
 
 
 class Engine:
@@ -75,7 +63,10 @@ class Engine:
         self.paths, self.metadata, self.options = paths, metadata, options
         self.specs = list(metadata.tables.values())
         self._index = {spec.layer: i for i, spec in enumerate(self.specs)}
-        self.capacity = overlay_capacity(self.specs, options.overlay_bytes)
+        self.memory_plan: MemoryPlan = store_plan(
+            self.specs, options.memory_bytes, options.overlay_bytes, options.lookahead_bytes
+        )
+        self.capacity = self.memory_plan.capacity
         self._durability = Durability.parse(options.durability)
         self._lock = StoreLock(paths)
         try:
@@ -88,23 +79,17 @@ class Engine:
         store_id = self.metadata.store_id
         self.catalog = Catalog(self.paths, self.metadata, self.options.disk)
         self.recovery: RecoveryReport = recover(self.catalog, self.options.memtable_dir)
-        parts = check_files(self.paths, self.metadata, self.catalog.manifest)
-        self.catalog.adopt(parts)
-        self._memtables = make_memtables(
-            self.paths,
-            store_id,
-            self.specs,
-            self.capacity,
-            self.options.memtable_dir,
-            self.options.disk,
-        )
+        parts = self._take_files()
+        self.paging = Paging(plan=self.memory_plan)
         self.tables = {
-            spec.layer: Table(self.paths, store_id, spec, self.capacity) for spec in self.specs
+            spec.layer: Table(self.paths, store_id, spec, self.capacity, self.paging)
+            for spec in self.specs
         }
         self.streams = {
             spec.layer: ThreadPoolExecutor(1, f"engram-layer-{spec.layer}") for spec in self.specs
         }
-        self._scratch: dict[int, list[NDArray[Any]]] = {}
+        self._post_images = PostImages()
+        self.overlay = Overlay(self._memtables)
         self._commit_lock = threading.RLock()
         self._background = Background(
             self.catalog, self.tables, self._memtables, self._make_maintenance(), self._sealed
@@ -118,8 +103,7 @@ class Engine:
         self._journal = self._make_journal() if self._durability.journaled else None
         self.stall_seconds = 0.0
         self.closed = False
-        self._owes_restore = False
-        """A restore went through, or was refused by the disk, and what belongs to it is open."""
+        self._restoring = Restoring(self.catalog, self._mark_open)
         try:
             self._fill(parts)
             # Only now: a process that died before this lost nothing.
@@ -129,6 +113,23 @@ class Engine:
             self._let_go()
             self._close_memtables()
             raise
+
+    def _take_files(self) -> Parts:
+        """Check the store's files, and make the memtables."""
+        store_id, options = self.metadata.store_id, self.options
+        try:
+            parts = check_files(self.paths, self.metadata, self.catalog.manifest)
+            self._memtables = make_memtables(
+                self.paths, store_id, self.specs, self.capacity, options.memtable_dir, options.disk
+            )
+        except BaseException:
+            # Recovery has sealed what a dead process left. A store that cannot be opened for
+            # another reason must not keep a gigabyte of shared memory until somebody finds out.
+            for directory in memtable_places(self.paths, store_id, options.memtable_dir):
+                remove_memtables(directory, options.disk)
+            raise
+        self.catalog.adopt(parts)
+        return parts
 
     def _make_maintenance(self) -> Maintenance:
         return Maintenance(
@@ -152,25 +153,10 @@ class Engine:
             seal=self.seal,
         )
 
-    def _fill(self, parts: Any) -> None:
-        """Read from the given files, with an empty memtable on top."""
-        manifest = self.catalog.manifest
-        for memtable in self._memtables:
-            memtable.release()
-        for number, table in enumerate(self.tables.values()):
-            # Windows that are only read may be gathered by other threads meanwhile.
-            with table.lock:
-                known = table.damages
-                table.forget()
-                fill_table(table, parts[table.spec.layer])
-                for index, memtable in enumerate(self._memtables):
-                    table.map_memtable(index, memtable.addresses[number])
-            find_again(table, known)
+    def _fill(self, parts: Parts) -> None:
+        manifest, tables = self.catalog.manifest, self.tables.values()
         self._open_index = 0
-        self._commit = Commit(manifest.step, (0,) * len(self.specs), manifest.marks)
-        self._memtables[0].open_as(
-            manifest.sealed + 1, manifest.store_id, manifest.lineage, self._commit
-        )
+        self._commit = start_from(manifest, parts, tables, self._memtables)
 
     def _mark_open(self) -> None:
         # The parent: the directory's own name tells a store from its copies.
@@ -193,6 +179,9 @@ class Engine:
         """Copy rows as they are now into `out`; see `Table.gather`."""
         return self.tables[layer].gather(rows, [out])
 
+    def count_uses(self, layer: int, rows: RowIds) -> None:
+        """Rows were read; only stores that are only read count that (`Reader.count_uses`)."""
+
     # ------------------------------------------------------------------ committing
 
     def commit(
@@ -208,10 +197,11 @@ class Engine:
         Raises:
             DuplicateStepError, StepGapError, RowRangeError, StepTooLargeError.
             DiskFullError: both memtables are full and cannot be sealed.
+            SharedMemoryFullError: memory that memtables gave back is needed again, and gone.
         """
         with self._commit_lock:
             self._check(step, updates)
-            self._settle_restore()
+            self._restoring.settle()
             self._make_room(updates)
             counts = list(self._commit.counts)
             firsts = {u.layer: counts[self._index[u.layer]] for u in updates}
@@ -219,8 +209,7 @@ class Engine:
                 self.streams[u.layer].submit(self._compute, u, firsts[u.layer]) for u in updates
             ]
             wait(computed)  # all of them: a retry must not meet one that still writes
-            for future in computed:
-                future.result()
+            rows = [future.result() for future in computed]
             failpoint("commit.computed")
             for update in updates:
                 counts[self._index[update.layer]] += update.rows.size
@@ -234,31 +223,19 @@ class Engine:
             self._memtables[self._open_index].publish(commit)
             self._commit = commit
             failpoint("commit.published")
-            for update in updates:
+            for update, in_slots in zip(updates, rows, strict=True):
                 self.tables[update.layer].point_at_memtable(
-                    self._open_index, firsts[update.layer], update.rows
+                    self._open_index, firsts[update.layer], in_slots
                 )
+            most = max((update.rows.size for update in updates), default=0)
+            self.overlay.step_done(self._open_index, max(counts), self.paging.counted(), most)
 
     def _check(self, step: int, updates: Sequence[TableUpdate]) -> None:
         if self.closed:
             raise StoreClosedError("the store was closed; open it again")
         if step != self.step:
             raise (DuplicateStepError if step < self.step else StepGapError)(step, self.step)
-        for update in updates:
-            spec = self.metadata.tables[update.layer]
-            if not update.rows.size:
-                continue
-            for row in (int(update.rows.min()), int(update.rows.max())):
-                if not 0 <= row < spec.rows:
-                    raise RowRangeError(spec.name, row, spec.rows)
-            if update.rows.size > self.capacity:
-                needed = 2 * sum(4 + s.state_bytes + s.row_bytes for s in self.specs)
-                raise StepTooLargeError(
-                    update.layer,
-                    update.rows.size,
-                    self.capacity,
-                    needed * (update.rows.size + 4096),
-                )
+        check_updates(updates, self.metadata.tables, self.capacity)
 
     def _make_room(self, updates: Sequence[TableUpdate]) -> None:
         if self._journal is not None and self._journal.refused_in:
@@ -266,36 +243,23 @@ class Engine:
             if self._journal.refused_in == self._memtables[self._open_index].number:
                 self._freeze(snapshot=False)
             self._background.wait_for_seal()
-        counts = self._commit.counts
-        if any(counts[self._index[u.layer]] + u.rows.size > self.capacity for u in updates):
+        counts, index = self._commit.counts, self._index
+        most = max((update.rows.size for update in updates), default=0)
+        needed = max((counts[index[u.layer]] + u.rows.size for u in updates), default=0)
+        if needed > max(self.overlay.limit(self._open_index), most):
             started = time.perf_counter()
             self._background.maintenance.hold_back()
             self._freeze(snapshot=False)
             self.stall_seconds += time.perf_counter() - started
+            needed = most
+        self.overlay.reserve(self._open_index, needed)
 
-    def _compute(self, update: TableUpdate, first: int) -> None:
-        """Post-images of one table's rows, straight into the open memtable's free slots."""
-        table, n = self.tables[update.layer], update.rows.size
-        old, old_state = (block[:n] for block in self._blocks(update.layer, n))
-        table.gather(update.rows, [old, old_state])
-        slots = self._memtables[self._open_index].tables[self._index[update.layer]]
-        new, new_state = slots.rows[first : first + n], slots.state[first : first + n]
-        apply_update(
-            table.spec, update.step, update.rows, old, old_state, update.gradients, new, new_state
-        )
-        slots.ids[first : first + n] = update.rows
-        self._memtables[self._open_index].wrote(self._index[update.layer], first, n)
-
-    def _blocks(self, layer: int, n: int) -> list[NDArray[Any]]:
-        """Reused room for n rows and their state."""
-        spec, have = self.metadata.tables[layer], self._scratch.get(layer)
-        if have is None or len(have[0]) < n:
-            have = [
-                np.empty((n + n // 4, spec.dim), spec.dtype.storage),
-                np.empty((n + n // 4, spec.state_width), np.float32),
-            ]
-            self._scratch[layer] = have
-        return have
+    def _compute(self, update: TableUpdate, first: int) -> RowIds:
+        memtable, index = self._memtables[self._open_index], self._index[update.layer]
+        table = self.tables[update.layer]
+        rows = self._post_images.write(table, update, memtable.tables[index], first)
+        memtable.wrote(index, first, rows.size)
+        return rows
 
     # ------------------------------------------------------------------ freezing and snapshots
 
@@ -318,6 +282,9 @@ class Engine:
         number = self._memtables[frozen].number
         after = Commit(commit.step, (0,) * len(self.specs), commit.marks)
         manifest = self.catalog.manifest
+        self.overlay.make_ready(1 - frozen)
+        for table in self.tables.values():
+            table.use_memtable_again(1 - frozen)
         self._memtables[1 - frozen].open_as(number + 1, manifest.store_id, manifest.lineage, after)
         self._open_index, self._commit = 1 - frozen, after
         failpoint("freeze.switched")
@@ -332,7 +299,7 @@ class Engine:
         with self._commit_lock:
             if self.closed:
                 raise StoreClosedError("the store was closed; open it again")
-            self._settle_restore()
+            self._restoring.settle()
             if not any(self._commit.counts) and self._background.sealed_step == self.step:
                 self._background.wait_for_seal()
                 return self.catalog.snapshot()
@@ -354,36 +321,19 @@ class Engine:
             self.catalog.goal(snapshot) as manifest,
             self._background.standing_still(),
         ):
-            parts = check_files(self.paths, self.metadata, manifest)
             newest = max(memtable.number for memtable in self._memtables)
-            self._owes_restore = True
-            self.catalog.roll_back(manifest, newest)
-            failpoint("restore.published")
-            if self._journal is not None:
-                self._journal.forget()
-            self._durable_step = manifest.step
-            with _done_later():
-                self.catalog.drop_newer_snapshots()
-            failpoint("restore.snapshots_dropped")
-            self.catalog.adopt(parts)
-            self._fill(parts)
-            self._background.start_over()
-            with _done_later():
-                self._settle_restore()
-            self.catalog.collect_garbage()
+            self._restoring.go_back(
+                manifest, newest, forget_newer=self._forget_newer, start_over=self._start_over
+            )
 
-    def _settle_restore(self) -> None:
-        """Before anything is built upon a restore: finish it, or undo one that was refused.
+    def _forget_newer(self, step: int) -> None:
+        if self._journal is not None:
+            self._journal.forget()
+        self._durable_step = step
 
-        Raises:
-            DiskFullError, DiskFaultError: nothing changed.
-        """
-        if self._owes_restore:
-            self.catalog.settle()
-            # A later step with the number of a forgotten snapshot must not be taken for it.
-            self.catalog.drop_newer_snapshots()
-            self._mark_open()
-            self._owes_restore = False
+    def _start_over(self, parts: Parts) -> None:
+        self._fill(parts)
+        self._background.start_over()
 
     # ------------------------------------------------------------------ durability
 
@@ -418,6 +368,11 @@ class Engine:
         self._background.maintenance.merge_now()
 
     @property
+    def overlay_changes(self) -> tuple[int, int]:
+        """How often memtables were made smaller, and larger again."""
+        return self.overlay.rule.shrunk, self.overlay.rule.grown
+
+    @property
     def seals(self) -> int:
         """Memtables sealed since the store was opened."""
         return self._background.seals
@@ -441,7 +396,7 @@ class Engine:
             return
         sealed = False
         try:
-            self._settle_restore()
+            self._restoring.settle()
             if self.step not in self.catalog.snapshots():
                 self.snapshot()
             self._background.drain()
@@ -453,7 +408,7 @@ class Engine:
             self._let_go()
             self._close_memtables()
             if sealed:
-                remove_memtables(self._memtables, self.options.disk)
+                remove_memtables(self._memtables[0].path.parent, self.options.disk)
             self._lock.release()
 
     def _close_memtables(self) -> None:
@@ -472,12 +427,4 @@ class Engine:
             stream.shutdown()
         for table in self.tables.values():
             table.close()
-
-
-@contextlib.contextmanager
-def _done_later() -> Iterator[None]:
-    """The store went back already: what the disk refuses now is done before the next commit."""
-    try:
-        yield
-    except OSError as error:
-        _logger.warning("the restore is finished before the next commit: %s", error)
+        self.paging.close()

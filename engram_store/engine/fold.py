@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_store.engine.extents import BLOCK_SHIFT, ArrayMemory, Segment
 from engram_store.engine.memory import PAGE_BYTES, forget_cached_pages, memory_headroom_bytes
 from engram_store.engine.pieces import (
     Pages,
@@ -27,7 +28,7 @@ from engram_store.engine.pieces import (
     resident_pages,
 )
 from engram_store.engine.sealed import chunk_file, read_segment, stop_at_damage
-from engram_store.engine.table import BLOCK_SHIFT, ArrayMemory, Segment, Table
+from engram_store.engine.table import Table
 from engram_store.errors import DiskFullError
 from engram_store.failpoints import failpoint
 from engram_store.kernels import rows as kernels

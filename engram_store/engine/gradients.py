@@ -32,6 +32,9 @@ class SummedGradients:
     """[n, dim]."""
     skipped: int
     """Rows left out because of NaN or infinity."""
+    positions: list[NDArray[np.int32]] | None = None
+    """int32 [n] of each part: where its rows are among `rows`, if none is left out; None: there is
+    one part, and they are the same."""
 
 
 def check_part(spec: TableSpec, step: int, rows: RowIds, gradients: GradientBlock) -> GradientPart:
@@ -86,7 +89,7 @@ class GradientSummer:
             for part, where in zip(parts, positions, strict=True):
                 kernels.add_rows(part.gradients, where, sums)
         if all(part.bad is None for part in parts):
-            return SummedGradients(rows, sums, 0)
+            return SummedGradients(rows, sums, 0, positions)
         return _without_bad_rows(rows, sums, parts, positions)
 
     def _widened(self, gradients: GradientBlock) -> NDArray[np.float32]:

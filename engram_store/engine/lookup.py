@@ -20,8 +20,13 @@ def plain_memory(size: int) -> NDArray[np.uint8]:
     return np.empty(size, np.uint8)
 
 
-def _slot_count(n: int) -> int:
-    """Slots for removing repeats among n look-ups: a quarter full at most was fastest."""
+def buffer_bytes(size: int) -> int:
+    """Length of the buffer that `SlotPool.take` gives for so many bytes: a power of two."""
+    return 1 << max(size - 1, 4095).bit_length()
+
+
+def slot_count(n: int) -> int:
+    """Slots of a hash table for n rows: a quarter full at most was fastest."""
     return 1 << max(4 * n - 1, 1).bit_length()
 
 
@@ -39,8 +44,8 @@ class SlotPool:
         self._lock = threading.Lock()
 
     def take(self, size: int) -> NDArray[np.uint8]:
-        """A buffer of at least `size` bytes; its length is a power of two."""
-        length = 1 << max(size - 1, 4095).bit_length()
+        """A buffer of at least `size` bytes; see `buffer_bytes`."""
+        length = buffer_bytes(size)
         with self._lock:
             free = self._free.get(length)
             buffer = free.pop() if free else None
@@ -68,7 +73,7 @@ class LookupScratch:
         if self._lookups.size < n:
             self._lookups = np.empty(n, np.int32)
             self._unique = np.empty(n, np.int32)
-            self._slots = np.empty(_slot_count(n), np.uint32)
+            self._slots = np.empty(slot_count(n), np.uint32)
 
     def look_up(
         self,
@@ -94,7 +99,7 @@ class LookupScratch:
         lookups = self._lookups[:n].reshape(shape)
         recipe.rows(layer, tokens, context=context, attention_mask=attention_mask, out=lookups)
         ids, inverse = (self._unique[:n], np.empty(n, np.int32)) if out is None else out
-        slots = self._slots[: _slot_count(n)]
+        slots = self._slots[: slot_count(n)]
         count = deduplicate(lookups.reshape(-1), slots, ids, inverse)
         found = ids[:count].copy() if out is None else ids[:count]
         return found, inverse.reshape(shape)
@@ -109,5 +114,5 @@ class LookupScratch:
     def deduplicate(self, rows: RowIds, inverse: Inverse) -> RowIds:
         """Unique ids in the scratch (valid until the next call); `inverse` is filled."""
         self._grow(rows.size)
-        count = deduplicate(rows, self._slots[: _slot_count(rows.size)], self._unique, inverse)
+        count = deduplicate(rows, self._slots[: slot_count(rows.size)], self._unique, inverse)
         return self._unique[:count]

@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from threading import Event
 
 from engram_store.engine.catalog import Catalog
+from engram_store.engine.extents import Segment
 from engram_store.engine.fold import Fold, FoldPlan, check_room, forget_old_files
+from engram_store.engine.memory import memory_headroom_bytes
 from engram_store.engine.merge import LiveRows, Merge, WriteBudget, plan_merge
 from engram_store.engine.pieces import Throttle
 from engram_store.engine.statistics import MaintenanceCounters
-from engram_store.engine.table import Segment, Table
+from engram_store.engine.table import Table
 from engram_store.errors import DiskFaultError, DiskFullError, EngramStoreError, StoreFileError
 from engram_store.failpoints import failpoint
 from engram_store.layout.segments import open_segment
@@ -25,6 +27,8 @@ MAX_SEGMENTS = 64
 """Segments of a table that start a merge, or else a fold, whatever it writes; twice as many make
 commits wait."""
 _LOOK_SECONDS = 0.02
+_MERGE_BYTES = 64
+"""Memory per merged slot while it is found out which rows are live: 48 measured."""
 """How often a commit that waits looks whether it still has to."""
 _logger = logging.getLogger(__name__)
 
@@ -219,6 +223,10 @@ class Maintenance:
         self._check_sound(table)
         catalog.settle()
         catalog.forget_unpublished()
+        needed = _MERGE_BYTES * sum(segment.ref.slots for segment in segments)
+        if not force and memory_headroom_bytes() < needed and len(table.segments) < MAX_SEGMENTS:
+            self._costs[layer] = needed
+            return False
         merge = Merge(table, segments, self._throttle)
         live = merge.find_live()
         size = merge.bytes_of(live)

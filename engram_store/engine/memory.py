@@ -61,18 +61,23 @@ class Mapping:
         """An array over part of the memory."""
         return np.ndarray(shape, dtype, self.bytes.data, offset)
 
-    def populate(self) -> None:
-        """Fault every page in for writing, so that a commit meets no page fault."""
-        self._advise(_POPULATE_WRITE)
+    def populate(self, offset: int = 0, length: int | None = None) -> None:
+        """Fault pages in for writing, so that a commit meets no page fault.
+
+        Args:
+            offset, length: bytes, multiples of the page size; None: to the end.
+        """
+        self._advise(_POPULATE_WRITE, offset, length)
 
     def populate_read(self) -> None:
         """Fill the page tables from the page cache, reading what is missing."""
         self._advise(_POPULATE_READ)
 
-    def _advise(self, advice: int) -> None:
+    def _advise(self, advice: int, offset: int = 0, length: int | None = None) -> None:
         # Not `mmap.madvise`: that keeps the interpreter lock, for seconds when it has to read.
+        size = self.bytes.size - offset if length is None else length
         _libc.madvise(
-            ctypes.c_void_p(self.address), ctypes.c_size_t(self.bytes.size), ctypes.c_int(advice)
+            ctypes.c_void_p(self.address + offset), ctypes.c_size_t(size), ctypes.c_int(advice)
         )
 
     def close(self) -> None:
@@ -96,6 +101,15 @@ def memory_limit_bytes() -> int:
     """Memory this process may use: the machine's, or the tightest cgroup limit above it."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min([total, *(limit for limit, _ in _cgroup_limits())])
+
+
+def process_bytes() -> int:
+    """Anonymous memory of this process: what no page of a file can make room for."""
+    return next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("RssAnon:")
+    )
 
 
 def memory_headroom_bytes() -> int:

@@ -8,6 +8,7 @@ record: nothing is replayed and nothing can be torn.
 """
 
 import os
+import stat
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from engram_store.engine.memory import PAGE_BYTES, Mapping
-from engram_store.errors import ConfigError
+from engram_store.errors import ConfigError, StoreFileError
 from engram_store.layout.disk import Disk
 from engram_store.layout.files import disk_errors
 from engram_store.layout.manifest import Mark
@@ -109,19 +110,34 @@ class Memtable:
     """One memtable file. `number` 0 means that it holds nothing."""
 
     def __init__(self, path: Path, specs: list[TableSpec], capacity: int, disk: Disk) -> None:
-        """Map the file, making it if it is not there; its memory is reserved and faulted in."""
+        """Map the file, making it if it is not there; its memory is reserved.
+
+        Raises:
+            ConfigError: too many tables.
+            DiskFullError: its memory cannot be reserved.
+            StoreFileError: the file is there and has another length.
+        """
         if len(specs) > MAX_TABLES:
             raise ConfigError(f"a store has at most {MAX_TABLES} tables, got {len(specs)}")
         self.path, self.capacity = path, capacity
         self._specs, self._disk = specs, disk
+        self.backed = capacity
+        """Slots, of every table, that have memory; others must not be written."""
         self._offsets, length = _offsets(specs, capacity)
         with disk_errors(path):
             fd = disk.open_shared(path, length)
         try:
+            found = os.fstat(fd).st_size
+            if found != length:
+                # Recovery would not know it as a memtable of this capacity, and lose its steps.
+                raise StoreFileError(
+                    path,
+                    f"has {found:,} bytes, and a memtable of {capacity:,} slots has {length:,}; it "
+                    "is of another run and could not be removed: remove it and open again",
+                )
             self._mapping = Mapping.of_shared_file(fd, length, path)
         finally:
             os.close(fd)
-        self._mapping.populate()
         self._identity = self._mapping.view(_IDENTITY, 0, (1,))
         self._number = self._identity["number"]
         self._published = self._mapping.view("<u8", _PUBLISHED_OFFSET, (1,))
@@ -144,6 +160,62 @@ class Memtable:
     def addresses(self) -> list[tuple[int, int]]:
         """Address of (rows, state) of every table."""
         return [(int(t.rows.ctypes.data), int(t.state.ctypes.data)) for t in self.tables]
+
+    def populate(self) -> None:
+        """Fault the memory in, so that a commit meets no page fault."""
+        self._mapping.populate()
+
+    @property
+    def backed_bytes(self) -> int:
+        """Memory of the slots that have some."""
+        return self.bytes_of(self.backed)
+
+    def bytes_of(self, slots: int) -> int:
+        """What so many slots of every table take."""
+        return slots * slot_bytes(self._specs)
+
+    def give_back(self, slots: int) -> None:
+        """Do without the memory of slots from here on; nothing in force may be in them.
+
+        A crash at any moment is harmless: recovery reads what a commit record counts, no more.
+
+        Args:
+            slots: a multiple of 4,096.
+
+        Raises:
+            OSError: some of it stays allocated.
+        """
+        old, self.backed = self.backed, min(slots, self.backed)
+        for offset, length in self._ranges(self.backed, old):
+            self._disk.discard(self.path, offset, length)
+
+    def reserve(self, slots: int) -> None:
+        """Have memory for so many slots.
+
+        Args:
+            slots: a multiple of 4,096, at most `capacity`.
+
+        Raises:
+            DiskFullError: there is no room where the file is.
+        """
+        with disk_errors(self.path):
+            for offset, length in self._ranges(self.backed, slots):
+                self._disk.reserve_shared(self.path, offset, length)
+        for offset, length in self._ranges(self.backed, slots):
+            self._mapping.populate(offset, length)
+        self.backed = max(slots, self.backed)
+
+    def _ranges(self, first: int, end: int) -> list[tuple[int, int]]:
+        """(offset, length) of slots first..end-1 in every array; whole pages."""
+        if first >= end:
+            return []
+        widths = [(4, spec.state_bytes, spec.row_bytes) for spec in self._specs]
+        return [
+            (offset + first * width, (end - first) * width)
+            for offsets, of_table in zip(self._offsets, widths, strict=True)
+            for offset, width in zip(offsets, of_table, strict=True)
+            if width
+        ]
 
     def open_as(self, number: int, store_id: str, lineage: int, commit: Commit) -> None:
         """Start over as memtable `number`, with nothing in it, after `commit`."""
@@ -238,9 +310,12 @@ class Memtable:
 def stored_capacity(path: Path) -> int | None:
     """Slots of the memtable in a file; None when there is none or it is something else."""
     try:
+        # Not what a link points to, nor a pipe, which would make the opening wait for a writer.
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return None
         with path.open("rb") as file:
             header = file.read(_IDENTITY.itemsize)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     if len(header) < _IDENTITY.itemsize:
         return None

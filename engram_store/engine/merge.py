@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_store.engine.extents import BLOCK_SHIFT, ArrayMemory, Segment
 from engram_store.engine.memory import memory_headroom_bytes
 from engram_store.engine.pieces import Throttle
 from engram_store.engine.seal import PIECE_ROWS
 from engram_store.engine.sealed import read_ids, read_segment
-from engram_store.engine.table import BLOCK_SHIFT, ArrayMemory, Segment, Table
+from engram_store.engine.table import Table
 from engram_store.kernels import rows as kernels
 from engram_store.layout.disk import Disk
 from engram_store.layout.manifest import SegmentRef

@@ -12,6 +12,9 @@ from engram_store.layout.disk import Disk
 class EngineOptions:
     """How a store runs. None of it decides what is stored."""
 
+    memory_bytes: int | None = None
+    """All that the store may use: shared memory, windows ahead, indexes, and the page cache of its
+    files. None: what the limit of the machine or the cgroup leaves to this process."""
     overlay_bytes: int | None = None
     """Shared memory of both memtables; None chooses by the memory limit. More means fewer bytes
     written, because a row updated often is sealed once."""
@@ -27,6 +30,11 @@ class EngineOptions:
     """When applied steps outlive the host: `snapshot`, `group(MS)` or `step`."""
     keep_snapshots: int | None = None
     """How many of the newest snapshots stay when one is made, beside the pinned; None: all."""
+    lookahead_bytes: int | None = None
+    """Memory of windows that are hashed and gathered ahead of their step; None: an eighth of the
+    memory limit, at most 2 GiB."""
+    staleness: int = 0
+    """By how many steps rows may lag behind; 0 is exact."""
     disk: Disk = field(default_factory=Disk)
     """What changes files: the real thing, or one that records or refuses."""
 
@@ -37,6 +45,13 @@ class EngineOptions:
                 f"fold_ratio is {self.fold_ratio!r}; it is a number above 0, such as 1: fold when "
                 "segments are as large as the base"
             )
+        for name, value in (
+            ("memory_bytes", self.memory_bytes),
+            ("lookahead_bytes", self.lookahead_bytes),
+            ("staleness", self.staleness),
+        ):
+            if value is not None and (type(value) is not int or value < 0):
+                raise ConfigError(f"{name} is {value!r}; it is a whole number, 0 or more")
         fold, scrub = self.fold_bytes_per_second, self.scrub_bytes_per_second
         if fold is not None and not 0 < fold < math.inf:
             raise ConfigError(

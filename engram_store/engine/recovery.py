@@ -6,7 +6,6 @@ the journal holds is sealed, so not one durable step is lost. Without a journal:
 to its newest snapshot, which is where the trainer's checkpoint is too.
 """
 
-import contextlib
 import enum
 import logging
 from dataclasses import dataclass
@@ -24,11 +23,15 @@ from engram_store.engine.memtable import (
     memtable_bytes,
     stored_capacity,
 )
-from engram_store.engine.placement import disk_directory, shared_directory
+from engram_store.engine.placement import (
+    memtable_files,
+    memtable_places,
+    remove_memtables,
+    shared_directory,
+)
 from engram_store.engine.seal import write_segments
 from engram_store.errors import StoreFileError
-from engram_store.layout.disk import Disk
-from engram_store.layout.files import make_directory, remove_tree, sync_directory
+from engram_store.layout.files import make_directory, sync_directory
 from engram_store.layout.journal import StepRecord, journal_number, read_records
 from engram_store.types import TableSpec
 
@@ -62,6 +65,9 @@ class RecoveryReport:
 def recover(catalog: Catalog, chosen: Path | None) -> RecoveryReport:
     """Bring the files up to date with what the last process left in shared memory.
 
+    Nothing in a memtable is needed then. Those in the two places where this process may make
+    its own stay, for `make_memtables` to use their files again or to remove them.
+
     Args:
         catalog: just opened.
         chosen: directory for memtables, if one was asked for.
@@ -74,7 +80,8 @@ def recover(catalog: Catalog, chosen: Path | None) -> RecoveryReport:
     specs = list(catalog.metadata.tables.values())
     _keep_names(catalog)
     _make_directories(catalog, specs)
-    directories = [shared_directory(paths, store_id, chosen), disk_directory(paths)]
+    own = memtable_places(paths, store_id, chosen)
+    directories = list(own)
     if catalog.manifest.memtables:
         directories.append(shared_directory(paths, store_id, Path(catalog.manifest.memtables)))
     rows, alive = 0, False
@@ -108,7 +115,8 @@ def recover(catalog: Catalog, chosen: Path | None) -> RecoveryReport:
             newest,
         )
     for directory in directories:
-        _remove_directory(directory, catalog.disk)
+        if directory not in own:
+            remove_memtables(directory, catalog.disk)
     remove_journals(paths, catalog.disk)
     catalog.collect_garbage()
     return RecoveryReport(kind, catalog.manifest.step, rows)
@@ -140,7 +148,7 @@ def _left_behind(catalog: Catalog, specs: list[TableSpec], directory: Path) -> l
     """
     manifest = catalog.manifest
     found = []
-    for path in (directory / "memtable-0", directory / "memtable-1"):
+    for path in memtable_files(directory):
         capacity = stored_capacity(path)
         if capacity is None or path.stat().st_size != memtable_bytes(specs, capacity):
             continue
@@ -217,14 +225,3 @@ def _transposed(records: list[StepRecord], table: int) -> tuple[Any, Any, Any]:
     """Ids, rows and state of one table, each a list with an array for every record."""
     ids, state, rows = zip(*(record.tables[table] for record in records), strict=True)
     return ids, rows, state
-
-
-def remove_memtables(memtables: list[Memtable], disk: Disk) -> None:
-    """Everything in them is sealed, and they are closed: give the shared memory back."""
-    _remove_directory(memtables[0].path.parent, disk)
-
-
-def _remove_directory(directory: Path, disk: Disk) -> None:
-    """Nothing in it is needed; if it cannot be removed now, the next opening tries again."""
-    with contextlib.suppress(OSError):
-        remove_tree(directory, disk)

@@ -2,6 +2,13 @@
 
 Only each row's last slot as of the freeze is written. The memtable serves reads until its rows are
 read from the segments; then it is free to be opened again.
+
+Slots keep the order of the log, which is what keeps rows together that are hot together: those of
+one phrase, looked up one after the other by the step that had it last, are wanted together again.
+Of real text a window finds 2.2 to 2.9 of its rows on each page of a segment that it needs; in the
+order of row ids 1.1 to 1.3. Most used rows first, or rows of shorter n-grams first, tears phrases
+apart: up to 4 % more pages of segments per window, and a limited page cache misses as many or up to
+2 % more (benchmarks/segment_order.py).
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,7 +29,7 @@ from engram_store.types import TableSpec
 PIECE_ROWS = 1 << 15
 """Rows copied at a time: whole checksum blocks, whatever the (even) row length."""
 Live = NDArray[np.int32]
-"""int32 [n]: the slots of a memtable that a segment holds, ascending."""
+"""int32 [n]: the slots of a memtable that a segment holds, in the segment's order: ascending."""
 
 
 def live_slots(spec: TableSpec, slots: TableSlots, count: int) -> Live:

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from engram_store.engine.damage import BlockDamage
+from engram_store.engine.extents import Segment
 from engram_store.engine.pieces import SealedFile, Throttle, read_pieces
-from engram_store.engine.table import Segment, Table
+from engram_store.engine.table import Table
 from engram_store.errors import ChecksumError, StoreFileError
 from engram_store.layout import checksums
 from engram_store.layout.arrays import chunk_identity

@@ -86,6 +86,49 @@ def copy2(_context: Any, _target: Any, _source: Any) -> Any:
     return types.void(types.int64, types.int64), _copy(2)
 
 
+@intrinsic
+def choose(_context: Any, _condition: Any, _yes: Any, _no: Any) -> Any:
+    """One of two int64 without a branch, for conditions that nothing could predict."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        chosen = builder.select(*args)
+        chosen.set_metadata("unpredictable", builder.module.add_metadata([]))
+        return chosen
+
+    return types.int64(types.boolean, types.int64, types.int64), codegen
+
+
+@intrinsic
+def load1(_context: Any, _address: Any) -> Any:
+    """The byte at an address, as uint8."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.load(builder.inttoptr(args[0], _I8.as_pointer()), typ=_I8)
+
+    return types.uint8(types.int64), codegen
+
+
+@intrinsic
+def load8(_context: Any, _address: Any) -> Any:
+    """The int64 at an address that is a multiple of 8."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.load(builder.inttoptr(args[0], _I64.as_pointer()), typ=_I64, align=8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def store1(_context: Any, _address: Any, _value: Any) -> Any:
+    """Store a uint8 at an address."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        builder.store(args[1], builder.inttoptr(args[0], _I8.as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.uint8), codegen
+
+
 def _bf16_to_f32(builder: Any, bits: Any) -> Any:
     return builder.bitcast(builder.shl(builder.zext(bits, _I32), _i32(16)), _F32)
 

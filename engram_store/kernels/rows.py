@@ -150,6 +150,17 @@ def copy_rows(addresses, row_bytes, out):
 
 
 @njit(**JIT)
+def scatter_rows(addresses, positions, row_bytes, out):
+    """Copy the row at `addresses[i]` (int64 [n]) to row `positions[i]` (int32 [n]) of `out`."""
+    target = out.ctypes.data
+    n = addresses.size
+    for i in range(n):
+        if i + AHEAD < n:
+            _prefetch_row(addresses[i + AHEAD], row_bytes)
+        _copy_row(target + np.int64(positions[i]) * row_bytes, addresses[i], row_bytes)
+
+
+@njit(**JIT)
 def point_at_slots(rows, first_slot, remap):
     """Make the remap point row i of `rows` (int32 [n]) at slot `first_slot + i`."""
     base = remap.ctypes.data

@@ -6,11 +6,16 @@ in shared memory. So one object can count, record (`testing.RecordingDisk`) or r
 not change.
 """
 
+import ctypes
 import os
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
+
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
+"""Of fallocate(2); the os module has neither."""
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Disk:
@@ -90,6 +95,25 @@ class Disk:
             os.close(fd)
             raise
         return fd
+
+    def reserve_shared(self, path: Path, offset: int, length: int) -> None:
+        """Allocate part of a file that is mapped for writing; what is allocated stays."""
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.posix_fallocate(fd, offset, length)
+        finally:
+            os.close(fd)
+
+    def discard(self, path: Path, offset: int, length: int) -> None:
+        """Give the memory of part of a mapped file back: whole pages, zeros from then on."""
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            mode = ctypes.c_int(_PUNCH_HOLE | _KEEP_SIZE)
+            if _libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)):
+                error = ctypes.get_errno()
+                raise OSError(error, os.strerror(error), str(path))
+        finally:
+            os.close(fd)
 
     def store(self, path: Path, offset: int, memory: NDArray[Any], value: Any) -> None:  # noqa: ARG002
         """Write to a mapped file: one store for one aligned item of at most 8 bytes.

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
 
 from engram_store.kernels.intrinsics import narrow, narrow_stochastic, sum_squares, widen
 from engram_store.kernels.rows import JIT
@@ -32,9 +33,11 @@ def _row_seed(seed, row):
 @functools.cache
 def _sgd(dim: int, stochastic: bool) -> Any:
     @njit(**JIT)
-    def sgd(rows, old, _state, gradients, scale, rate, _eps, _d1, _d2, seed, new, _new_state):
+    def sgd(
+        rows, old, _state, gradients, which, scale, rate, _eps, _d1, _d2, seed, new, _new_state
+    ):
         for i in range(rows.size):
-            source, gradient, target = old[i], gradients[i], new[i]
+            source, gradient, target = old[i], gradients[np.uint64(which[i])], new[i]
             base = _row_seed(seed, rows[i])
             for k in range(dim):
                 value = widen(source[k]) - rate * (gradient[k] * scale)
@@ -50,10 +53,10 @@ def _sgd(dim: int, stochastic: bool) -> Any:
 def _rowwise_adagrad(dim: int, stochastic: bool) -> Any:
     @njit(**JIT)
     def rowwise_adagrad(
-        rows, old, state, gradients, scale, rate, eps, _d1, _d2, seed, new, new_state
+        rows, old, state, gradients, which, scale, rate, eps, _d1, _d2, seed, new, new_state
     ):
         for i in range(rows.size):
-            source, gradient, target = old[i], gradients[i], new[i]
+            source, gradient, target = old[i], gradients[np.uint64(which[i])], new[i]
             total = state[i, 0] + sum_squares(gradient, scale) / np.float32(dim)
             new_state[i, 0] = total
             row_rate = rate / (np.sqrt(total) + eps)
@@ -71,9 +74,11 @@ def _rowwise_adagrad(dim: int, stochastic: bool) -> Any:
 @functools.cache
 def _adagrad(dim: int, stochastic: bool) -> Any:
     @njit(**JIT)
-    def adagrad(rows, old, state, gradients, scale, rate, eps, _d1, _d2, seed, new, new_state):
+    def adagrad(
+        rows, old, state, gradients, which, scale, rate, eps, _d1, _d2, seed, new, new_state
+    ):
         for i in range(rows.size):
-            source, gradient, target = old[i], gradients[i], new[i]
+            source, gradient, target = old[i], gradients[np.uint64(which[i])], new[i]
             sums, new_sums = state[i], new_state[i]
             base = _row_seed(seed, rows[i])
             for k in range(dim):
@@ -92,9 +97,11 @@ def _adagrad(dim: int, stochastic: bool) -> Any:
 @functools.cache
 def _adam(dim: int, stochastic: bool) -> Any:
     @njit(**JIT)
-    def adam(rows, old, state, gradients, scale, rate, eps, decay1, decay2, seed, new, new_state):
+    def adam(
+        rows, old, state, gradients, which, scale, rate, eps, decay1, decay2, seed, new, new_state
+    ):
         for i in range(rows.size):
-            source, gradient, target = old[i], gradients[i], new[i]
+            source, gradient, target = old[i], gradients[np.uint64(which[i])], new[i]
             moments, new_moments = state[i], new_state[i]
             base = _row_seed(seed, rows[i])
             for k in range(dim):
@@ -125,6 +132,18 @@ def kernel_view(rows: RowBlock) -> RowBlock:
     return rows.view(np.int16) if rows.dtype == np.float16 else rows
 
 
+_identity = np.empty(0, np.int32)
+
+
+def _all_in_order(n: int) -> NDArray[np.int32]:
+    """0, 1, ... n - 1, in memory that is used again."""
+    global _identity
+    identity = _identity
+    if identity.size < n:
+        _identity = identity = np.arange(2 * n, dtype=np.int32)
+    return identity[:n]
+
+
 def apply_update(
     spec: TableSpec,
     step: Step,
@@ -134,11 +153,18 @@ def apply_update(
     gradients: Any,
     new: RowBlock,
     new_state: Any,
+    which: NDArray[np.int32] | None = None,
 ) -> None:
     """Write the post-images of rows and state to `new` and `new_state`.
 
     Same arguments and results as `reference.apply_reference`, outputs preallocated and different
     memory from the inputs; all arrays are C-contiguous.
+
+    Args:
+        spec, step, rows, old, old_state: as there, of n rows.
+        gradients: float32 [m, dim].
+        new, new_state: outputs, shaped as `old` and `old_state`.
+        which: int32 [n]: the row of `gradients` that belongs to each row; None: the same one.
     """
     stochastic = spec.dtype is RowDtype.BFLOAT16 and spec.stochastic_rounding
     kernel = _RULES[spec.optimizer](spec.dim, stochastic)
@@ -147,6 +173,7 @@ def apply_update(
         kernel_view(old),
         old_state,
         gradients,
+        _all_in_order(rows.size) if which is None else which,
         step.scale,
         step.rate,
         step.eps,

@@ -31,7 +31,7 @@ NAMES = frozenset(
     {"rename", "link", "unlink", "make_directory", "remove_directory", "sync_directory"}
 )
 """Kinds of operations on names."""
-MEMORY = frozenset({"open_shared", "store", "stored"})
+MEMORY = frozenset({"open_shared", "reserve_shared", "discard", "store", "stored"})
 """Kinds of operations on shared memory."""
 
 
@@ -49,7 +49,7 @@ class Operation:
     data: bytes = b""
     """What was written."""
     length: int = 0
-    """Of `reserve`, `truncate` and `open_shared`."""
+    """Of `reserve`, `truncate`, `open_shared` and `reserve_shared`."""
     file: int = 0
     """Numbers the file that `create` made, whatever its names become."""
 
@@ -136,6 +136,16 @@ class _Watched(Disk, ABC):
     def open_shared(self, path: Path, length: int) -> int:
         action = super().open_shared
         return self._do(Operation("open_shared", path, length=length), lambda: action(path, length))
+
+    def reserve_shared(self, path: Path, offset: int, length: int) -> None:
+        action = super().reserve_shared
+        operation = Operation("reserve_shared", path, offset=offset, length=length)
+        self._do(operation, lambda: action(path, offset, length))
+
+    def discard(self, path: Path, offset: int, length: int) -> None:
+        action = super().discard
+        operation = Operation("discard", path, offset=offset, data=bytes(length))
+        self._do(operation, lambda: action(path, offset, length))
 
     def store(self, path: Path, offset: int, memory: NDArray[Any], value: Any) -> None:
         content = np.empty_like(memory)

@@ -7,6 +7,7 @@ kernels, no threads. What a store holds after the same calls must equal it bit f
 import hashlib
 import math
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -32,7 +33,7 @@ from engram_store.optimizers import apply_reference, rule_step
 from engram_store.optimizers.reference import widen
 from engram_store.recipes import Recipe
 from engram_store.session import Applied, SnapshotRef
-from engram_store.stats import StoreStats
+from engram_store.stats import StoreStats, Waits
 from engram_store.types import (
     GradientBlock,
     HyperParameters,
@@ -297,6 +298,22 @@ class MemorySession:
         self.step += 1
         return Applied(step=step, rows=changed, skipped_rows=skipped)
 
+    def begin_commit(
+        self,
+        step: int,
+        lr: float | Mapping[int, float],
+        *,
+        gradient_scale: float = 1.0,
+        eps: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+    ) -> "Future[Applied]":
+        """See `session.Session.begin_commit`; it is done when this returns."""
+        applied: Future[Applied] = Future()
+        applied.set_result(
+            self.commit(step, lr, gradient_scale=gradient_scale, eps=eps, betas=betas)
+        )
+        return applied
+
     def snapshot(self) -> SnapshotRef:
         """See `session.Session.snapshot`."""
         self._check_open()
@@ -325,7 +342,8 @@ class MemorySession:
     def stats(self) -> StoreStats:
         """Only steps and windows are counted here."""
         record: dict[str, Any] = dict.fromkeys(StoreStats.__dataclass_fields__, 0)
-        record |= {"tables": {}, "damages": "", "steps": self.step, "windows": self._announced}
+        record |= {"tables": {}, "damages": "", "waits": Waits()}
+        record |= {"steps": self.step, "windows": self._announced}
         return StoreStats(**record)
 
     def close(self) -> None:

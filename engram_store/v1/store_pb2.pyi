@@ -155,7 +155,7 @@ class Credits(_message.Message):
     def __init__(self, bytes: _Optional[int] = ..., windows: _Optional[int] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("protocol", "server_version", "store_id", "fingerprint", "recipe_json", "tables_json", "token_map", "step", "slot_token", "credits", "durable_step")
+    __slots__ = ("protocol", "server_version", "store_id", "fingerprint", "recipe_json", "tables_json", "token_map", "step", "slot_token", "credits", "durable_step", "staleness")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     STORE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -167,6 +167,7 @@ class Welcome(_message.Message):
     SLOT_TOKEN_FIELD_NUMBER: _ClassVar[int]
     CREDITS_FIELD_NUMBER: _ClassVar[int]
     DURABLE_STEP_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     server_version: str
     store_id: str
@@ -178,7 +179,8 @@ class Welcome(_message.Message):
     slot_token: bytes
     credits: Credits
     durable_step: int
-    def __init__(self, protocol: _Optional[int] = ..., server_version: _Optional[str] = ..., store_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., recipe_json: _Optional[str] = ..., tables_json: _Optional[str] = ..., token_map: _Optional[_Union[Array, _Mapping]] = ..., step: _Optional[int] = ..., slot_token: _Optional[bytes] = ..., credits: _Optional[_Union[Credits, _Mapping]] = ..., durable_step: _Optional[int] = ...) -> None: ...
+    staleness: int
+    def __init__(self, protocol: _Optional[int] = ..., server_version: _Optional[str] = ..., store_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., recipe_json: _Optional[str] = ..., tables_json: _Optional[str] = ..., token_map: _Optional[_Union[Array, _Mapping]] = ..., step: _Optional[int] = ..., slot_token: _Optional[bytes] = ..., credits: _Optional[_Union[Credits, _Mapping]] = ..., durable_step: _Optional[int] = ..., staleness: _Optional[int] = ...) -> None: ...
 
 class Announce(_message.Message):
     __slots__ = ("window", "tokens", "step", "context", "attention_mask")
@@ -287,7 +289,7 @@ class Norm(_message.Message):
     def __init__(self, value: _Optional[float] = ...) -> None: ...
 
 class Commit(_message.Message):
-    __slots__ = ("step", "rates", "gradient_scale", "eps", "beta1", "beta2")
+    __slots__ = ("step", "rates", "gradient_scale", "eps", "beta1", "beta2", "early")
     class RatesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -301,13 +303,15 @@ class Commit(_message.Message):
     EPS_FIELD_NUMBER: _ClassVar[int]
     BETA1_FIELD_NUMBER: _ClassVar[int]
     BETA2_FIELD_NUMBER: _ClassVar[int]
+    EARLY_FIELD_NUMBER: _ClassVar[int]
     step: int
     rates: _containers.ScalarMap[int, float]
     gradient_scale: float
     eps: float
     beta1: float
     beta2: float
-    def __init__(self, step: _Optional[int] = ..., rates: _Optional[_Mapping[int, float]] = ..., gradient_scale: _Optional[float] = ..., eps: _Optional[float] = ..., beta1: _Optional[float] = ..., beta2: _Optional[float] = ...) -> None: ...
+    early: bool
+    def __init__(self, step: _Optional[int] = ..., rates: _Optional[_Mapping[int, float]] = ..., gradient_scale: _Optional[float] = ..., eps: _Optional[float] = ..., beta1: _Optional[float] = ..., beta2: _Optional[float] = ..., early: bool = ...) -> None: ...
 
 class Applied(_message.Message):
     __slots__ = ("step", "rows", "skipped_rows", "repeated")

@@ -56,6 +56,13 @@ _TlsClientCa = Annotated[
         help="PEM file of CAs: who shows a certificate they signed may train the store over TCP."
     ),
 ]
+_MemoryBytes = Annotated[
+    int | None,
+    typer.Option(
+        help="All that the stores may use together, page cache included. Default: what the limit "
+        "of the machine or of the cgroup leaves."
+    ),
+]
 _OverlayBytes = Annotated[
     int | None,
     typer.Option(
@@ -65,6 +72,17 @@ _OverlayBytes = Annotated[
 _MemtableDir = Annotated[
     Path | None,
     typer.Option(help="Directory of that memory. Default: /dev/shm, or DIR where that is small."),
+]
+_LookaheadBytes = Annotated[
+    int | None,
+    typer.Option(
+        help="Memory of windows that a store gathers ahead of their step. Default: an eighth of "
+        "the memory limit, at most 2 GiB."
+    ),
+]
+_Staleness = Annotated[
+    int | None,
+    typer.Option(help="Steps by which the rows of a window may lag behind. Default: 0, exact."),
 ]
 _FoldRatio = Annotated[
     float | None,
@@ -142,8 +160,11 @@ def serve(
     tls_cert: _TlsCert = None,
     tls_key: _TlsKey = None,
     tls_client_ca: _TlsClientCa = None,
+    memory_bytes: _MemoryBytes = None,
     overlay_bytes: _OverlayBytes = None,
     memtable_dir: _MemtableDir = None,
+    lookahead_bytes: _LookaheadBytes = None,
+    staleness: _Staleness = None,
     fold_ratio: _FoldRatio = None,
     fold_rate: _FoldRate = None,
     scrub_rate: _ScrubRate = None,
@@ -186,8 +207,11 @@ def show(
     tls_cert: _TlsCert = None,
     tls_key: _TlsKey = None,
     tls_client_ca: _TlsClientCa = None,
+    memory_bytes: _MemoryBytes = None,
     overlay_bytes: _OverlayBytes = None,
     memtable_dir: _MemtableDir = None,
+    lookahead_bytes: _LookaheadBytes = None,
+    staleness: _Staleness = None,
     fold_ratio: _FoldRatio = None,
     fold_rate: _FoldRate = None,
     scrub_rate: _ScrubRate = None,

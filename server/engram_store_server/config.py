@@ -58,10 +58,18 @@ class ServerConfig:
     tls_client_ca: Path | None = None
     """PEM file of CAs: who shows a certificate that they signed may read and train the store,
     nobody else."""
+    memory_bytes: int | None = None
+    """All that the stores may use together, the page cache of their files included; None: what the
+    limit of the machine or of the cgroup leaves to the process."""
     overlay_bytes: int | None = None
     """Shared memory for updated rows; None: a fifth of the memory limit, at most 1 GiB."""
     memtable_dir: Path | None = None
     """Directory of that memory; None: /dev/shm, or the data directory where that is too small."""
+    lookahead_bytes: int | None = None
+    """Memory of windows that a store hashes and gathers ahead of their step; None: an eighth of
+    the memory limit, at most 2 GiB."""
+    staleness: int = 0
+    """Steps by which the rows of a window may lag behind; 0 is exact."""
     fold_ratio: float = 1.0
     """Fold when segments reach this multiple of the base."""
     fold_rate: float | None = None
@@ -133,8 +141,11 @@ RULES: dict[str, Rule] = {
     "tls_cert": path_rule(),
     "tls_key": path_rule(),
     "tls_client_ca": path_rule(),
+    "memory_bytes": whole_rule(1, unit="bytes"),
     "overlay_bytes": whole_rule(1, unit="bytes"),
     "memtable_dir": path_rule(),
+    "lookahead_bytes": whole_rule(0, unit="bytes"),
+    "staleness": whole_rule(0, 1_000, "steps"),
     "fold_ratio": number_rule(0.01, 1_000_000),
     "fold_rate": number_rule(1_000, 1e15, "bytes a second"),
     "scrub_rate": number_rule(0, 1e15, "bytes a second"),

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import engram_store
+from engram_store.engine.extents import BLOCK_SLOTS
 from engram_store.engine.memtable import slot_bytes
 from engram_store.engine.placement import StoreLock, overlay_capacity
-from engram_store.engine.table import BLOCK_SLOTS
 from engram_store.errors import (
     CapacityError,
     ConfigError,
@@ -20,6 +20,7 @@ from engram_store.errors import (
 )
 from engram_store.layout.metadata import read_metadata
 from engram_store.layout.paths import StorePaths
+from engram_store.lookahead import default_room
 from engram_store.store import Store
 from engram_store.types import TableSpec
 from engram_store_server.config import ServerConfig
@@ -163,20 +164,29 @@ def open_store(paths: StorePaths, config: ServerConfig, *, sharers: int) -> Stor
     Args:
         paths: of the store.
         config: of the process.
-        sharers: stores that the default of `overlay_bytes` is for.
+        sharers: stores that `memory_bytes` and the defaults of `overlay_bytes` and
+            `lookahead_bytes` are for.
 
     Raises:
         As `engram_store.open`; the message names the store.
     """
     with naming(paths.root):
         overlay_bytes = config.overlay_bytes
-        if overlay_bytes is None and sharers > 1:
+        memory_bytes = config.memory_bytes and config.memory_bytes // sharers
+        alone = sharers == 1 or memory_bytes is not None  # else its plan takes all the memory
+        if overlay_bytes is None and not alone:
             overlay_bytes = overlay_share(read_metadata(paths).tables, sharers)
+        lookahead_bytes = config.lookahead_bytes
+        if lookahead_bytes is None and not alone:
+            lookahead_bytes = default_room() // sharers
         store = engram_store.open(
             paths.root,
             "train",
+            memory_bytes=memory_bytes,
             overlay_bytes=overlay_bytes,
             memtable_dir=config.memtable_dir,
+            lookahead_bytes=lookahead_bytes,
+            staleness=config.staleness,
             fold_ratio=config.fold_ratio,
             fold_bytes_per_second=config.fold_rate,
             scrub_bytes_per_second=config.scrub_rate,

@@ -15,8 +15,9 @@ from engram_store.layout.manifest import Mark
 from engram_store.v1 import store_pb2 as pb
 
 Answer = Callable[[pb.SessionResponse], None]
-Work = Callable[[], pb.SessionResponse]
-"""Does something once for all ranks; never raises."""
+Work = Callable[[bool], pb.SessionResponse]
+"""Does something once for all ranks; never raises. Is told whether every rank wants part of the
+result before it is done."""
 
 
 class Member(Protocol):
@@ -45,6 +46,8 @@ class _Joint:
     asked: bytes
     answers: dict[int, Answer] = field(default_factory=dict)
     """By rank."""
+    early: dict[int, bool] = field(default_factory=dict)
+    """By rank: whether it is ready for part of the result before the work is done."""
 
 
 class Job:
@@ -60,8 +63,10 @@ class Job:
         self.members: dict[int, Member] = {}
         self.epochs: dict[int, int] = {}
         """Of the newest connection of each rank; older ones are fenced."""
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._joint: _Joint | None = None
+        self._working = False
+        """Whether a rank's thread does what all have asked for."""
 
     def marks(self, step: int) -> tuple[Mark, ...]:
         """What a commit record says of whom it was applied for."""
@@ -70,7 +75,16 @@ class Job:
             for rank, member in sorted(self.members.items())
         )
 
-    def together(self, rank: int, what: str, asked: bytes, work: Work, answer: Answer) -> None:
+    def together(
+        self,
+        rank: int,
+        what: str,
+        asked: bytes,
+        work: Work,
+        answer: Answer,
+        *,
+        early: bool = False,
+    ) -> None:
         """Do `work` on the thread of the last rank that asks; every rank gets the response.
 
         Args:
@@ -79,6 +93,9 @@ class Job:
             asked: its arguments, encoded; they must be the same everywhere.
             work: what to do.
             answer: gets the response; called once, on any rank's thread.
+            early: whether the rank is ready for part of the result before the work is done. It is
+                given early if all are: one that is not would not know what to do with it if the
+                work then fails.
 
         Raises:
             ProtocolError: the ranks that wait have asked for something else.
@@ -95,22 +112,31 @@ class Job:
                     f"rank {rank} asks for {what} with other arguments (learning rates, scale, "
                     f"eps, betas, snapshot) than rank {min(joint.answers)}; they must be equal"
                 )
-            joint.answers[rank] = answer
+            joint.answers[rank], joint.early[rank] = answer, early
             self._joint = joint
             if len(joint.answers) < self.world_size:
                 return
-            self._joint = None
-        response = work()
-        for give in joint.answers.values():
-            own = pb.SessionResponse()
-            own.CopyFrom(response)
-            give(own)
+            self._joint, self._working = None, True
+        try:
+            response = work(all(joint.early[member] for member in joint.answers))
+            for give in joint.answers.values():
+                own = pb.SessionResponse()
+                own.CopyFrom(response)
+                give(own)
+        finally:
+            with self._lock:
+                self._working = False
+                self._lock.notify_all()
 
     def leave(self, member: Member) -> None:
-        """A connection has ended; what it waits for must be asked again by the next."""
+        """A connection has ended; what it waits for must be asked again by the next.
+
+        Returns when nothing is done that it has asked for: its windows may be closed then.
+        """
         with self._lock:
             if self.members.get(member.rank) is not member:
                 return
+            self._lock.wait_for(lambda: not self._working)
             del self.members[member.rank]
             if self._joint is not None:
                 self._joint.answers.pop(member.rank, None)

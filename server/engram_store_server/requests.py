@@ -260,13 +260,19 @@ class RequestHandlers:
                 raise entry.error
 
     def _together(
-        self, number: int, what: str, asked: bytes, work: Callable[[], pb.SessionResponse]
+        self,
+        number: int,
+        what: str,
+        asked: bytes,
+        work: Callable[[bool], pb.SessionResponse],
+        *,
+        early: bool = False,
     ) -> None:
-        """Raises: ProtocolError."""
+        """See `Job.together`. Raises: ProtocolError."""
 
-        def do() -> pb.SessionResponse:
+        def do(all_early: bool) -> pb.SessionResponse:
             try:
-                return work()
+                return work(all_early)
             except Exception as error:
                 return failure(error)
 
@@ -274,13 +280,13 @@ class RequestHandlers:
             response.id = number
             self._send(response)
 
-        self._trained().together(self._rank, what, asked, do, answer)
+        self._trained().together(self._rank, what, asked, do, answer, early=early)
 
     def _gradient_norm(self, number: int, _request: pb.GradientNorm) -> None:
         step = self._store.step
         self._check_complete(step)
 
-        def work() -> pb.SessionResponse:
+        def work(_early: bool) -> pb.SessionResponse:
             return pb.SessionResponse(norm=pb.Norm(value=self._store.gradient_norm()))
 
         self._together(number, f"the gradient norm of step {step}", b"", work)
@@ -295,7 +301,8 @@ class RequestHandlers:
             )
         self._check_complete(request.step)
 
-        def work() -> pb.SessionResponse:
+        def work(early: bool) -> pb.SessionResponse:
+            # Rows of the next windows leave while this runs: their streams send them.
             applied = self._store.commit(
                 request.step,
                 dict(request.rates),
@@ -303,6 +310,7 @@ class RequestHandlers:
                 eps=request.eps if request.HasField("eps") else None,
                 betas=(request.beta1, request.beta2),
                 marks=job.marks(request.step),
+                early=early,
             )
             return pb.SessionResponse(
                 applied=pb.Applied(
@@ -310,8 +318,10 @@ class RequestHandlers:
                 )
             )
 
+        early = request.early
+        request.ClearField("early")  # ranks may differ in it
         asked = request.SerializeToString(deterministic=True)
-        self._together(number, f"the commit of step {request.step}", asked, work)
+        self._together(number, f"the commit of step {request.step}", asked, work, early=early)
         return None
 
     def _applied_before(self, step: int) -> bool:
@@ -330,7 +340,7 @@ class RequestHandlers:
     def _restore(self, number: int, request: pb.Restore) -> None:
         wanted = wire.decode_ref(request.snapshot)
 
-        def work() -> pb.SessionResponse:
+        def work(_early: bool) -> pb.SessionResponse:
             # Without a digest it is a step that was asked for.
             self._store.restore(wanted if wanted.digest else wanted.step)
             self._served.restored()

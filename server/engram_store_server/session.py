@@ -95,8 +95,6 @@ class SessionServer:
     async def _leave(self) -> None:
         if self._taking is not None:
             self._taking.cancel()
-        if self.job is not None:
-            self.job.leave(self)
         await asyncio.get_running_loop().run_in_executor(None, self._let_go)
         self._left.set()
         self.end()
@@ -129,6 +127,9 @@ class SessionServer:
         self._worker.shutdown(cancel_futures=True)
         with self._turn:
             self._over = True
+        # Another rank's thread may be applying a step that this one has a part in.
+        if self.job is not None:
+            self.job.leave(self)
         if self.slots is not None:
             self.slots.close()
         self._requests.close()

@@ -30,6 +30,11 @@ class ServedStore:
         """Steps that outlive the host."""
         return self.store.durable_step
 
+    @property
+    def staleness(self) -> int:
+        """Steps by which rows may lag behind."""
+        return self.store.staleness
+
     def durable_changed(self) -> None:
         """Tell every session how far its steps outlive the host; from any thread."""
         notice = pb.SessionResponse(durable=pb.Durable(step=self.durable_step))

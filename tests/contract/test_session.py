@@ -7,6 +7,7 @@ what a store holds is seen through windows, as a trainer sees it.
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -33,10 +34,18 @@ from engram_store.errors import (
     WindowClosedError,
 )
 from engram_store.recipes import Recipe
-from engram_store.session import Session, Window
+from engram_store.session import Applied, Session, Window
 from engram_store.types import RowBlock, TokenIds
 from engram_store_client.transport import connect
-from tests.pairs import DIM, INITIAL, VOCABULARY, Pair, make_oracle, random_tokens
+from tests.pairs import (
+    DIM,
+    INITIAL,
+    VOCABULARY,
+    Pair,
+    TwinWindow,
+    make_oracle,
+    random_tokens,
+)
 from tests.servers import serving
 
 SessionMaker = Callable[[Path, Recipe, dict[str, Any]], AbstractContextManager[Session]]
@@ -436,6 +445,100 @@ def test_a_pushed_window_closed_before_the_commit_is_left_out(both: MakeBoth) ->
     windows[0].store.close()
     windows[0].oracle.close()
     pair.commit()
+
+
+# ---------------------------------------------------------------------- commits under way
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 4])
+@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad", "adam"])
+def test_commits_that_are_begun_do_what_commits_do(
+    both: MakeBoth, optimizer: str, ahead: int
+) -> None:
+    """Rows, inverse and `Applied`; windows are announced, read and pushed meanwhile."""
+    pair = both(optimizer=optimizer)
+    windows: dict[int, list[TwinWindow]] = {}
+    begun = []
+    for step in range(9):
+        for coming in range(step, min(step + ahead + 1, 9)):
+            if coming not in windows:
+                count = 1 + coming % 2
+                windows[coming] = [
+                    pair.announce(random_tokens(pair.rng), coming) for _ in range(count)
+                ]
+        for window in windows.pop(step):
+            window.push_random(pair.rng)
+        applied = pair.session.begin_commit(step, 0.1)
+        begun.append((applied, pair.oracle.commit(step, 0.1)))
+        assert pair.step == step + 1
+    assert all(applied.result() == expected for applied, expected in begun)
+    pair.train(1)
+    window = pair.announce(random_tokens(pair.rng, (8, 200)))
+    for layer in pair.session.tables:
+        window.rows(layer)
+
+
+def test_what_is_wrong_with_a_commit_is_raised_when_it_is_begun(
+    session: Session, tokens: TokenIds
+) -> None:
+    """Before anything is applied; the step can be committed then."""
+    before = seen(session, tokens)
+    window = session.announce(tokens, 0)
+    with pytest.raises(MissingGradientError):
+        session.begin_commit(0, 0.1)
+    push_ones(session, window)
+    with pytest.raises(StepGapError):
+        session.begin_commit(1, 0.1)
+    with pytest.raises(ConfigError):
+        session.begin_commit(0, {1: 0.1})
+    with pytest.raises(ConfigError):
+        session.begin_commit(0, float("nan"))
+    assert session.step == 0
+    np.testing.assert_array_equal(seen(session, tokens), before)
+
+    applied = session.begin_commit(0, 0.1)
+
+    assert session.step == 1
+    with pytest.raises(DuplicateStepError):
+        session.begin_commit(0, 0.1)
+    with pytest.raises(DuplicateStepError):
+        session.announce(tokens, 0)
+    assert applied.result().step == 0
+    assert session.step == 1
+
+
+def test_one_commit_is_under_way_at_a_time(both: MakeBoth) -> None:
+    """What needs its result waits for it: the next, the norm, snapshots, restores, the end."""
+    pair = both()
+
+    def begin() -> Future[Applied]:
+        step = pair.step
+        pair.announce(random_tokens(pair.rng, (4, 100)), step).push_random(pair.rng)
+        applied = pair.session.begin_commit(step, 0.1)
+        pair.oracle.commit(step, 0.1)
+        return applied
+
+    first = begin()
+    assert pair.session.gradient_norm() == 0
+    assert first.done()
+    second = begin()
+    third = begin()
+    assert second.done()
+    ref = pair.snapshot()
+    assert third.done()
+    assert ref.step == 3
+    fourth = begin()
+    pair.restore(ref)
+    assert fourth.done()
+    assert pair.step == 3
+    fifth = begin()
+    sixth = pair.announce(random_tokens(pair.rng), 4)
+    sixth.push_random(pair.rng)
+    pair.commit()
+    assert fifth.done()
+    last = begin()
+    pair.session.close()
+    assert last.result().step == 5
 
 
 # ---------------------------------------------------------------------- steps

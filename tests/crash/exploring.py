@@ -5,7 +5,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest import mock
 
@@ -14,14 +14,16 @@ import numpy as np
 import engram_store
 from engram_store.engine import memtable
 from engram_store.engine.catalog import Catalog, check_files, fill_table
+from engram_store.engine.extents import BLOCK_SLOTS
 from engram_store.engine.memtable import slot_bytes
 from engram_store.engine.placement import SHARED_MEMORY
 from engram_store.engine.recovery import recover
-from engram_store.engine.table import BLOCK_SLOTS, Table
+from engram_store.engine.table import Table
 from engram_store.layout.disk import Disk
 from engram_store.layout.manifest import Manifest
 from engram_store.layout.metadata import StoreMetadata
 from engram_store.layout.paths import StorePaths
+from engram_store.layout.pins import read_pins
 from engram_store.testing import Operation, RecordingDisk
 from engram_store.testing.crash import (
     Blob,
@@ -51,6 +53,8 @@ class Outcome:
     """Digests by step."""
     error: str = ""
     contents: Contents | None = None
+    pins: dict[str, int] = field(default_factory=dict)
+    """Pinned steps by name; each names a snapshot that is there."""
 
 
 @dataclass(slots=True)
@@ -121,8 +125,8 @@ class Recoverer:
         recover(catalog, self.memory)
         manifest = catalog.manifest
         found = self._state_of(manifest, image)
-        snapshots = self._read_snapshots(catalog, image, found)
-        return Outcome(found.digest, found.step, snapshots, contents=found.contents)
+        snapshots, pins = self._read_snapshots(catalog, image, found), self._read_pins(catalog)
+        return Outcome(found.digest, found.step, snapshots, contents=found.contents, pins=pins)
 
     def _read(self, manifest: Manifest) -> State:
         """The tables that a manifest names, read as training reads them."""
@@ -164,6 +168,11 @@ class Recoverer:
                 digests[step] = self._state_of(manifest, image).digest
         return digests
 
+    def _read_pins(self, catalog: Catalog) -> dict[str, int]:
+        """Raises: SnapshotMismatchError: one names no snapshot, or another one."""
+        pins = read_pins(self.paths, self.metadata.store_id)
+        return {pin.name: catalog.find_snapshot(pin.name).step for pin in pins}
+
     def _open(self, image: Image) -> Outcome:
         """As a user would: open, read, look at the snapshots, close."""
         slots = 2 * BLOCK_SLOTS * slot_bytes(list(self.metadata.tables.values()))
@@ -178,8 +187,8 @@ class Recoverer:
             found = make_state(store.step, store.marks, tables_of(store))
             found = self._states.setdefault(found.digest, found)
             catalog = Catalog(self.paths, self.metadata, self.workspace.disk)
-            snapshots = self._read_snapshots(catalog, image, found)
-        return Outcome(found.digest, found.step, snapshots, contents=found.contents)
+            snapshots, pins = self._read_snapshots(catalog, image, found), self._read_pins(catalog)
+        return Outcome(found.digest, found.step, snapshots, contents=found.contents, pins=pins)
 
 
 def judge(outcome: Outcome, truth: Truth, recording: Recording) -> str | None:
@@ -199,6 +208,9 @@ def judge(outcome: Outcome, truth: Truth, recording: Recording) -> str | None:
             outcome.digest,
         ):
             return f"a snapshot at step {step} is there that nobody made, or another one"
+    if outcome.pins not in truth.pins:
+        wanted = " or ".join(str(dict(pins)) for pins in truth.pins)
+        return f"the pins are {outcome.pins} instead of {wanted}"
     return None
 
 
@@ -341,12 +353,12 @@ def _also(truth: Truth, recovered: Outcome, recording: Recording) -> Truth:
     known = possible.get(recovered.step, frozenset())
     possible[recovered.step] = known | {recovered.digest}
     states = (*truth.states, *_states(recovered, recording))
-    return Truth(states, truth.required, possible)
+    return replace(truth, states=states, possible=possible)
 
 
 def _only(truth: Truth, recovered: Outcome) -> Truth:
     states = tuple(state for state in truth.states if state.digest == recovered.digest)
-    return Truth(states or truth.states, truth.required, truth.possible)
+    return replace(truth, states=states or truth.states)
 
 
 def _states(outcome: Outcome, recording: Recording) -> list[State]:

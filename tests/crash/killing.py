@@ -14,7 +14,7 @@ from engram_store.engine.recovery import RecoveryKind, RecoveryReport
 from engram_store.recipes import Recipe
 from engram_store.store import Store
 from engram_store.testing import MemorySession
-from tests.crash.actions import Action, do, steps
+from tests.crash.actions import Action, do, pins_after, pins_of, steps
 from tests.crash.faults import digest_of, oracle_digest
 from tests.pairs import (
     INITIAL,
@@ -122,6 +122,7 @@ class Crash:
             report = store.recovery
             assert report is not None
             assert report.step == store.step
+            _check_pins(store, actions, acknowledged)
             remaining = list(actions[max(acknowledged, 0) :])
             if remaining and store.step != oracle.step:
                 do(oracle, remaining.pop(0))
@@ -135,6 +136,7 @@ class Crash:
         with self.open() as store:
             assert store.recovery == RecoveryReport(RecoveryKind.CLEAN, oracle.step, 0)
             assert_same_tables(store, oracle)
+            _check_pins(store, actions, len(actions))
         return report
 
     def change_memtables(self) -> None:
@@ -157,6 +159,7 @@ class Crash:
             found = store.step, digest_of(tables_of(store))
             assert store.recovery is not None
             assert store.recovery.kind is not RecoveryKind.RECOVERED, "there was nothing in memory"
+            _check_pins(store, actions, told.actions)
             same = [done for done in range(kept, last + 1) if self._is(actions[:done], found)]
             assert same, f"step {store.step} is no state after action {kept}, or before {last}"
             if under_way != "restore" and not told.ended:
@@ -174,6 +177,12 @@ class Crash:
         """Whether the oracle is there after these actions."""
         oracle = self.oracle_after(actions)
         return (oracle.step, oracle_digest(oracle)) == found
+
+
+def _check_pins(store: Store, actions: Sequence[Action], acknowledged: int) -> None:
+    """Pins outlive process and host; what was under way is done or not."""
+    done = max(acknowledged, 0)
+    assert pins_of(store) in [pins_after(actions[:count]) for count in (done, done + 1)]
 
 
 def _newest_kept(actions: Sequence[Action]) -> int:

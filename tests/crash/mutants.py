@@ -12,18 +12,34 @@ from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 
-from engram_store.engine import recovery
+import numpy as np
+
+from engram_store.engine import recovery, rewind
 from engram_store.engine.catalog import Catalog
 from engram_store.engine.fold import FoldedBase
 from engram_store.engine.memtable import Commit, Memtable
+from engram_store.engine.merge import LiveRows, Merge
+from engram_store.engine.placement import shared_directory
 from engram_store.engine.seal import write_segments as real_write_segments
 from engram_store.layout import journal, manifest
 from engram_store.layout.disk import Disk
 from engram_store.layout.files import remove_file, remove_tree, write_file
-from engram_store.layout.manifest import Manifest, as_working
+from engram_store.layout.manifest import Manifest, SegmentRef, as_working
 from engram_store.layout.paths import StorePaths
 from engram_store.testing import RecordingDisk
-from tests.crash.recordings import CHUNK_ROWS, STORE, Workload, backwards, folding, life, returning
+from tests.crash.recordings import (
+    CHUNK_ROWS,
+    STORE,
+    Workload,
+    backwards,
+    folding,
+    life,
+    merging,
+    merging_once,
+    pinning,
+    returning,
+    rewinding,
+)
 
 Patch = Callable[[], contextlib.AbstractContextManager[object]]
 
@@ -197,9 +213,65 @@ def _in_place() -> contextlib.AbstractContextManager[object]:
     return mock.patch.object(manifest, "replace_file", replace_file)
 
 
+def _older_versions() -> contextlib.AbstractContextManager[object]:
+    """A merge writes the oldest version of a row that several segments have."""
+    real = Merge.write
+
+    def write(self: Merge, live: LiveRows, disk: Disk) -> SegmentRef:
+        places = np.zeros(self._table.spec.rows, np.int32)
+        for segment in reversed(self.merged):
+            rows = segment.files.read_ids()
+            places[rows] = np.arange(rows.size, dtype=np.int32) + segment.first_slot + 1
+        return real(self, LiveRows(live.rows, places[live.rows], live.touches), disk)
+
+    return mock.patch.object(Merge, "write", write)
+
+
+def _rows_of_one() -> contextlib.AbstractContextManager[object]:
+    """A merge drops the rows that only one of its segments has: they are in the base again."""
+    real = Merge.find_live
+
+    def find_live(self: Merge) -> LiveRows:
+        found = real(self)
+        kept = found.touches > 1
+        with self._table.lock:  # so that nothing reads the segments when they are gone
+            self._table.remap[found.rows[~kept]] = 0
+        return LiveRows(found.rows[kept], found.places[kept], found.touches[kept])
+
+    return mock.patch.object(Merge, "find_live", find_live)
+
+
+def _merged_go_first() -> contextlib.AbstractContextManager[object]:
+    """Segments are removed before the manifest is there that names the merged one instead."""
+    real = Catalog.replace_segments
+
+    def replace_segments(
+        self: Catalog, layer: int, merged: set[int], new: SegmentRef | None
+    ) -> None:
+        for number in merged:
+            remove_tree(self.paths.segment(layer, number), self.disk)
+        real(self, layer, merged, new)
+
+    return mock.patch.object(Catalog, "replace_segments", replace_segments)
+
+
+def _newer_goes_first() -> contextlib.AbstractContextManager[object]:
+    """A rewind removes what is newer before the store is at the snapshot."""
+
+    def write_current(paths: StorePaths, goal: Manifest, disk: Disk) -> None:
+        remove_tree(shared_directory(paths, goal.store_id, Path(goal.memtables)), disk)
+        for step in paths.snapshot_steps():
+            if step > goal.step:
+                remove_file(paths.snapshot(step), disk)
+        manifest.write_current(paths, goal, disk)
+
+    return mock.patch.object(rewind, "write_current", write_current)
+
+
 # ---------------------------------------------------------------------- all of them
 
 _SNAPSHOT, _STEP = Workload(life, "snapshot"), Workload(life, "step")
+_MERGING = Workload(merging, "step")
 MUTANTS = (
     Mutant(
         name="the data of segments is not synced",
@@ -284,6 +356,55 @@ MUTANTS = (
         during=frozenset({"commit", "seal", "snapshot"}),
         patch=_in_place,
         says="CURRENT.json",
+    ),
+    Mutant(
+        name="a merge keeps older versions of rows",
+        workload=_MERGING,
+        during=frozenset({"merge", "commit"}),
+        patch=_older_versions,
+        says="a mixture",
+    ),
+    Mutant(
+        name="a merge drops rows that one segment has",
+        workload=_MERGING,
+        during=frozenset({"merge", "commit"}),
+        patch=_rows_of_one,
+        says="a mixture",
+    ),
+    Mutant(
+        name="the manifest names a merged segment whose data is not synced",
+        workload=_MERGING,
+        during=frozenset({"merge"}),
+        disk=lambda: _Unsynced(r"/segments/\d{16,}/(row_ids|rows|state)$"),
+        says="host was lost",
+    ),
+    Mutant(
+        name="segments are removed before the manifest that names the merged one",
+        workload=Workload(merging_once, "snapshot"),
+        during=frozenset({"merge"}),
+        patch=_merged_go_first,
+        says="segment.json: is missing",
+    ),
+    Mutant(
+        name="a rewind removes what is newer before it went back",
+        workload=Workload(rewinding, "snapshot"),
+        during=frozenset({"rewind"}),
+        patch=_newer_goes_first,
+        says="process died",
+    ),
+    Mutant(
+        name="a pin is announced before its name is durable",
+        workload=Workload(pinning, "snapshot"),
+        during=frozenset({"pin", "commit"}),
+        disk=lambda: _UnsyncedNames("/pins$"),
+        says="host was lost.*the pins are",
+    ),
+    Mutant(
+        name="a pin is taken away before that is durable, and its snapshot goes",
+        workload=Workload(pinning, "snapshot"),
+        during=frozenset({"keep"}),
+        disk=lambda: _UnsyncedNames("/pins$"),
+        says="host was lost",
     ),
     Mutant(
         name="recovery relies on names that a dead process did not sync",

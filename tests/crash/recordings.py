@@ -9,12 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 import engram_store
+from engram_store import snapshots
 from engram_store.engine.engine import Engine, TableUpdate
+from engram_store.engine.extents import BLOCK_SLOTS
 from engram_store.engine.memtable import _PUBLISHED_OFFSET, slot_bytes
-from engram_store.engine.table import BLOCK_SLOTS
+from engram_store.engine.rewind import rewind
 from engram_store.layout.create import Normal, create_store, table_specs
 from engram_store.layout.manifest import Mark
 from engram_store.layout.metadata import StoreMetadata
+from engram_store.layout.paths import StorePaths
 from engram_store.optimizers import rule_step
 from engram_store.optimizers.reference import apply_reference
 from engram_store.recipes import engram
@@ -148,6 +151,34 @@ class Trainer:
         self._call("keep", lambda: self.store.keep_snapshots(newest))
         self.calls[-1] = replace(self.calls[-1], kept=newest)
 
+    def pin(self, name: str, step: int) -> None:
+        """Also moves a name."""
+        path, disk = self.root / STORE, self.disk
+        self._call("pin", lambda: snapshots.pin(path, step, name, move=True, disk=disk))
+        self.calls[-1] = replace(self.calls[-1], pin=name, pinned=step)
+
+    def unpin(self, name: str) -> None:
+        self._call("unpin", lambda: snapshots.unpin(self.root / STORE, name, disk=self.disk))
+        self.calls[-1] = replace(self.calls[-1], pin=name)
+
+    def rewind(self, step: int) -> None:
+        """The process dies, and the store goes back before another one opens it."""
+        self._call("die", self._die)
+        self._rewind(step)
+
+    def close_and_rewind(self, step: int) -> None:
+        self._call("close", self.store.close)
+        self.snapshots[self.now.step] = self.now
+        self._rewind(step)
+
+    def _rewind(self, step: int) -> None:
+        paths = StorePaths(self.root / STORE)
+        after = self.snapshots[step]
+        self._call("rewind", lambda: rewind(paths, self.metadata, step, self.disk), after)
+        if self.floors:
+            self.floors.append((self.calls[-1].end, step))
+        self.store = self._call("open", self._open)
+
     def reopen(self) -> None:
         self._call("close", self.store.close)
         self.snapshots[self.now.step] = self.now
@@ -264,6 +295,16 @@ def folding(trainer: Trainer) -> None:
     trainer.commit()
 
 
+def merging_once(trainer: Trainer) -> None:
+    """Two segments that no snapshot names become one."""
+    trainer.commit()
+    trainer.seal()
+    trainer.commit()
+    trainer.seal()
+    trainer.merge()
+    trainer.commit()
+
+
 def merging(trainer: Trainer) -> None:
     """Segments become one, twice, while a snapshot still names the first ones."""
     trainer.commit()
@@ -280,6 +321,43 @@ def merging(trainer: Trainer) -> None:
     trainer.kill()
     trainer.restore(2)
     trainer.commit(seed=1)
+
+
+def pinning(trainer: Trainer) -> None:
+    """Names come, move and go, and snapshots that have none are dropped in between."""
+    trainer.commit()
+    trainer.snapshot()
+    trainer.pin("best", 1)
+    trainer.commit()
+    trainer.snapshot()
+    trainer.pin("other", 2)
+    trainer.commit()
+    trainer.snapshot()
+    trainer.keep(1)
+    trainer.pin("best", 3)
+    trainer.keep(1)
+    trainer.unpin("other")
+    trainer.keep(1)
+    trainer.kill()
+
+
+def rewinding(trainer: Trainer) -> None:
+    """Going back without opening: after a death and after a clean end, past what was sealed."""
+    trainer.commit()
+    trainer.snapshot()
+    trainer.pin("best", 1)
+    trainer.commit()
+    trainer.seal()
+    trainer.commit()
+    trainer.snapshot()
+    trainer.commit()
+    trainer.rewind(1)
+    trainer.commit(seed=1)
+    trainer.commit(seed=1)
+    trainer.snapshot()
+    trainer.commit(seed=1)
+    trainer.close_and_rewind(3)
+    trainer.commit(seed=2)
 
 
 def crowded(trainer: Trainer) -> None:
@@ -320,6 +398,8 @@ class Workload:
     durability: str
     initial: Normal | None = NORMAL
     options: Mapping[str, Any] = field(default_factory=dict)
+    during: frozenset[str] = frozenset()
+    """Calls that `make test` looks at (see `Effort.during`); none: all. `make torture`: all."""
 
     @property
     def name(self) -> str:
@@ -342,12 +422,17 @@ WORKLOADS = (
     Workload(killed, "step"),
     Workload(backwards, "step"),
     Workload(merging, "step"),
+    Workload(pinning, "snapshot", during=frozenset({"pin", "unpin", "keep"})),
+    Workload(rewinding, "step", during=frozenset({"rewind", "pin"})),
+    Workload(rewinding, "snapshot", during=frozenset({"rewind"})),
     Workload(crowded, "snapshot", None, _FOLDS),
 )
 MORE_WORKLOADS = (
     Workload(killed, "snapshot"),
     Workload(backwards, "snapshot"),
     Workload(merging, "snapshot"),
+    Workload(pinning, "step"),
+    Workload(rewinding, "group(2)"),
     Workload(crowded, "group(2)", None, _FOLDS),
     Workload(killed, "group(2)"),
     Workload(backwards, "group(2)"),

@@ -27,7 +27,7 @@ def _explore(workload: Workload, effort: Effort, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.name)
 def test_every_crash_image_is_recovered(workload: Workload) -> None:
-    _explore(workload, Effort(), workload.name)
+    _explore(workload, Effort(during=workload.during), workload.name)
 
 
 @pytest.mark.slow

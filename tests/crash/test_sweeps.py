@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pytest
 
 import engram_store
-from engram_store.engine import journal
+from engram_store.engine import Engine, journal
 from engram_store.errors import EngramStoreError
 from engram_store.recipes import Recipe
 from tests.crash.faults import (
@@ -73,6 +73,20 @@ def something_to_fold(subject: Subject) -> None:
     subject.store.seal()
 
 
+def something_to_merge(subject: Subject) -> None:
+    """At least two segments in every table, and a row in both of them."""
+    subject.train(1)
+    subject.store.seal()
+    subject.train(1)
+    subject.store.seal()
+
+
+def merge(subject: Subject) -> None:
+    engine = subject.store._engine
+    assert isinstance(engine, Engine)
+    engine.merge()
+
+
 def restore_older(subject: Subject) -> None:
     older = sorted(subject.store.snapshots())[-2]
     subject.restore(older)
@@ -118,6 +132,7 @@ CASES = {
     "seal": Case(train_one, lambda subject: subject.store.seal()),
     "snapshot": Case(train_one, Subject.snapshot),
     "fold": Case(something_to_fold, lambda subject: subject.store.fold()),
+    "merge": Case(something_to_merge, merge),
     "restore": Case(two_snapshots, restore_older),
     "collect": Case(garbage, keep_one),
     "close": Case(train_one, close),

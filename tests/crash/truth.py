@@ -50,7 +50,11 @@ class Call:
     published: int = -1
     """Of a commit: the operation that makes it real."""
     kept: int = 0
-    """Of 'keep': how many snapshots stay."""
+    """Of 'keep': how many snapshots stay, beside the pinned ones."""
+    pin: str = ""
+    """Of 'pin' and 'unpin': the name."""
+    pinned: int = 0
+    """Of 'pin': the step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,8 @@ class Truth:
     """Snapshots that must be there unless the store went back before them: digests by step."""
     possible: Mapping[int, frozenset[int]]
     """Those that may be there."""
+    pins: tuple[Mapping[str, int], ...] = ({},)
+    """One of these: pinned steps by name."""
 
 
 @dataclass(slots=True)
@@ -82,26 +88,30 @@ class Recording:
     def truth(self, operations: int, *, lost: bool) -> Truth:
         """After so many operations; `lost`: with the host."""
         line, snapshots, now = {0: self.initial}, {0: self.initial}, self.initial
+        pins: dict[str, int] = {}
         under_way: Call | None = None
         for call in self.calls:
             if call.end > operations:
                 under_way = call if call.begin < operations else None
                 break
-            line, snapshots, now = _advance(call, line, snapshots)
+            line, snapshots, now = _advance(call, line, snapshots, pins)
+            pins = _pins_after(call, pins)
         if lost and self.floors:
             floor = [step for begin, step in self.floors if begin <= operations][-1]
             states = [line[step] for step in range(floor, now.step + 1)]
         else:
             states = [snapshots[max(snapshots)] if lost else now]
         required, possible = dict(snapshots), {k: {v.digest} for k, v in snapshots.items()}
+        names = [pins]
         if under_way is not None:
-            _, later, after = _advance(under_way, line, snapshots)
+            _, later, after = _advance(under_way, line, snapshots, pins)
+            names.append(_pins_after(under_way, pins))
             required = {k: v for k, v in required.items() if k in later}
             for step, state in later.items():
                 possible.setdefault(step, set()).add(state.digest)
             if lost and not self.floors:
                 states.append(later[max(later)])
-            elif lost or under_way.kind == "restore":
+            elif lost or under_way.kind in _BACKWARDS:
                 states.append(after)
             elif operations > under_way.published:
                 states = [after]
@@ -109,11 +119,18 @@ class Recording:
             tuple(states),
             {step: state.digest for step, state in required.items()},
             {step: frozenset(digests) for step, digests in possible.items()},
+            tuple(names),
         )
 
 
+_BACKWARDS = ("restore", "rewind")
+
+
 def _advance(
-    call: Call, line: Mapping[int, State], snapshots: Mapping[int, State]
+    call: Call,
+    line: Mapping[int, State],
+    snapshots: Mapping[int, State],
+    pins: Mapping[str, int],
 ) -> tuple[dict[int, State], dict[int, State], State]:
     """The states of this lineage, the snapshots and the state, after a call."""
     line, snapshots, after = dict(line), dict(snapshots), call.after
@@ -122,9 +139,16 @@ def _advance(
             line[after.step] = after
         case "snapshot" | "close" | "recover":
             snapshots.setdefault(after.step, after)
-        case "restore":
+        case "restore" | "rewind":
             line = {k: v for k, v in line.items() if k <= after.step}
             snapshots = {k: v for k, v in snapshots.items() if k <= after.step}
         case "keep":
-            snapshots = {k: snapshots[k] for k in sorted(snapshots)[-call.kept :]}
+            kept = {*sorted(snapshots)[-call.kept :], *pins.values()}
+            snapshots = {k: v for k, v in snapshots.items() if k in kept}
     return line, snapshots, after
+
+
+def _pins_after(call: Call, pins: Mapping[str, int]) -> dict[str, int]:
+    """Pinned steps by name."""
+    others = {name: step for name, step in pins.items() if name != call.pin}
+    return {**others, call.pin: call.pinned} if call.kind == "pin" else others

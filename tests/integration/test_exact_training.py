@@ -1,5 +1,7 @@
 """Tables on disk train exactly as tables in memory do, whatever the store does meanwhile."""
 
+import contextlib
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +10,8 @@ import torch
 from torch import Tensor
 
 import engram_store
+from engram_store.engine.extents import BLOCK_SLOTS
 from engram_store.engine.memtable import slot_bytes
-from engram_store.engine.table import BLOCK_SLOTS
 from engram_store.recipes import Recipe, engram
 from engram_store.session import Session
 from engram_store.store import Store
@@ -45,7 +47,9 @@ def batches() -> list[dict[str, Tensor]]:
     return [drawn[i - i % 3] for i in range(len(drawn))]
 
 
-def train(session: Session, depth: int) -> tuple[list[float], dict[str, Tensor]]:
+def train(
+    session: Session, depth: int, *, wait: bool = True
+) -> tuple[list[float], dict[str, Tensor]]:
     """Losses, and the gates afterwards, of a run with accumulation and clipping."""
     torch.manual_seed(5)
     model = llama()
@@ -62,7 +66,8 @@ def train(session: Session, depth: int) -> tuple[list[float], dict[str, Tensor]]
         memory.clip_grad_norm_(memory.gates.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
-        memory.commit(memory.step, lr=0.05)
+        memory.commit(memory.step, lr=0.05, wait=wait)
+    memory.finish_commit()
     gates = {name: tensor.clone() for name, tensor in memory.gates.state_dict().items()}
     memory.detach()
     return losses, gates
@@ -125,6 +130,32 @@ def test_a_store_behind_a_socket_trains_the_same(
     with engram_store.open(path, "train") as store:
         with serving(store, "tcp:") as address, connect(address) as session:
             actual, actual_gates = train(session, depth=2)
+
+        assert actual == losses
+        assert all(torch.equal(tensor, gates[name]) for name, tensor in actual_gates.items())
+        assert_same_tables(store, oracle)
+
+
+@pytest.mark.parametrize(
+    ("where", "depth"),
+    [("here", 0), ("here", 1), ("here", 4), ("unix:", 0), ("unix:", 1), ("unix:", 4), ("tcp:", 4)],
+)
+def test_commits_in_the_background_train_the_same(
+    tmp_path: Path, recipe: Recipe, optimizer: str, expected: Expected, where: str, depth: int
+) -> None:
+    """Bit for bit, while rows of the next window are handed out before a commit is done."""
+    oracle, losses, gates = expected
+    path = tmp_path / "a.engram"
+    engram_store.create(path, recipe, dim=DIM, optimizer=optimizer, initial=INITIAL)
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(engram_store.open(path, "train"))
+        if where == "here":
+            actual, actual_gates = train(store, depth, wait=False)
+        else:
+            short = stack.enter_context(tempfile.TemporaryDirectory())
+            address = where if where == "tcp:" else f"unix:{short}/store.sock"
+            with serving(store, address) as served, connect(served) as session:
+                actual, actual_gates = train(session, depth, wait=False)
 
         assert actual == losses
         assert all(torch.equal(tensor, gates[name]) for name, tensor in actual_gates.items())

@@ -1,6 +1,8 @@
 """Benchmarks: their references do the same work, and their reports hold what they promise."""
 
 import json
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engram_store.bench import Report, Target, Timing, Workload, plain, run_bench
+from engram_store.bench import ComparedWorkload, Report, Target, Timing, plain, run_bench
 from engram_store.bench.harness import measure
+from engram_store.bench.machine import _mount_of, chosen, describe_directory, revision_of
 from engram_store.bench.report import print_report
 from engram_store.bench.text import read_text
 from engram_store.bench.window import numpy_hash
@@ -18,7 +21,7 @@ from engram_store.errors import ConfigError
 from engram_store.optimizers import apply_reference, rule_step
 from engram_store.types import HyperParameters, TableSpec
 
-TINY = Workload(rows=50_000, tokens=256, repetitions=2)
+TINY = ComparedWorkload(rows=50_000, tokens=256, repetitions=2, peers=False)
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +40,11 @@ def place(directory: Path) -> Iterator[Workplace]:
 def check_json(report: Report) -> dict[str, Any]:
     """The keys that readers of a result rely on."""
     data: dict[str, Any] = json.loads(json.dumps(report.to_json()))
-    parts = {"bench", "machine", "workload", "results", "quantities", "targets", "notes"}
-    assert set(data) == parts
+    parts = {"bench", "machine", "workload", "results", "quantities", "series", "peers"}
+    assert set(data) == parts | {"targets", "notes"}
     machine = {"cpu", "cores", "memory_bytes", "kernel", "python", "versions", "load_average"}
+    machine |= {"date", "memory_limit_bytes", "transparent_huge_pages", "revision"}
+    machine |= {"file_system", "mount_options", "device"}
     assert set(data["machine"]) == machine
     names = [result["name"] for result in data["results"]]
     assert len(set(names)) == len(names)
@@ -47,7 +52,7 @@ def check_json(report: Report) -> dict[str, Any]:
         assert 0 < result["median_ms"] <= result["p95_ms"] <= result["max_ms"]
         assert set(result["ratio_to"]) <= set(names)
     for target in data["targets"]:
-        assert set(target) == {"what", "target", "measured", "met"}
+        assert set(target) == {"what", "target", "measured", "met", "limit"}
     return data
 
 
@@ -139,6 +144,45 @@ def test_plain_update_equals_the_optimizer_bit_for_bit() -> None:
     np.testing.assert_array_equal(sums[rows, None], expected[1])
 
 
+def test_the_revision_of_a_checkout_says_whether_it_was_changed(tmp_path: Path) -> None:
+    """An installed package has none."""
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    assert revision_of(tmp_path) is None
+    (tmp_path / "file").write_text("one")
+    person = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+    for command in (("init", "-q"), ("add", "file"), (*person, "commit", "-q", "-m", "x")):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+
+    clean = revision_of(tmp_path)
+    (tmp_path / "file").write_text("two")
+
+    assert clean is not None
+    assert len(clean) == 12
+    assert revision_of(tmp_path) == f"{clean}-dirty"
+
+
+def test_the_file_system_is_that_of_the_directory(tmp_path: Path) -> None:
+    """Found by its device number; options of the host's file system are left out."""
+    mounts = (
+        "27 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw,discard\n"
+        "30 27 0:5 / /mnt/a\\040b rw,nosuid - overlay overlay rw,lowerdir=/secret\n"
+    )
+
+    assert _mount_of("254:0", mounts) == ("ext4", "/dev/vda", "rw,relatime")
+    assert _mount_of("0:5", mounts) == ("overlay", "overlay", "rw,nosuid")
+    assert _mount_of("9:9", mounts) is None
+    assert set(describe_directory(tmp_path)) == {"file_system", "mount_options", "device"}
+
+
+def test_a_kernel_setting_is_the_word_in_brackets(tmp_path: Path) -> None:
+    """None where there is no such setting."""
+    (tmp_path / "enabled").write_text("always [madvise] never\n")
+
+    assert chosen(tmp_path / "enabled") == "madvise"
+    assert chosen(tmp_path / "absent") is None
+
+
 def test_text_has_the_asked_for_tokens_and_is_the_same_every_time() -> None:
     """Two runs on one machine measure the same windows."""
     first, second = read_text(4096, 512), read_text(4096, 512)
@@ -194,12 +238,12 @@ def test_ratio_is_own_time_over_the_reference() -> None:
 @pytest.mark.parametrize(
     "workload",
     [
-        Workload(rows=10, tokens=256, repetitions=2),
-        Workload(rows=50_000, tokens=3000, repetitions=2),
-        Workload(rows=50_000, tokens=256, repetitions=0),
+        ComparedWorkload(rows=10, tokens=256, repetitions=2),
+        ComparedWorkload(rows=50_000, tokens=3000, repetitions=2),
+        ComparedWorkload(rows=50_000, tokens=256, repetitions=0),
     ],
 )
-def test_a_senseless_workload_is_refused(workload: Workload, tmp_path: Path) -> None:
+def test_a_senseless_workload_is_refused(workload: ComparedWorkload, tmp_path: Path) -> None:
     """Before anything is made."""
     with pytest.raises(ConfigError):
         run_bench("window", workload, tmp_path, lambda _: None)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import engram_store
 from engram_store.engine import placement
+from engram_store.engine.extents import BLOCK_SHIFT, BLOCK_SLOTS, SlotSpace
 from engram_store.engine.recovery import RecoveryKind
-from engram_store.engine.table import BLOCK_SHIFT, BLOCK_SLOTS, SlotSpace
 from engram_store.errors import SnapshotMismatchError
 from engram_store.recipes import Recipe
 from engram_store.types import OptimizerKind, RowDtype

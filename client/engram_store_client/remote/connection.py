@@ -58,7 +58,8 @@ class Connection:
         open_stream: opens one stream.
         hello: without epoch; sent at the start of every stream.
         options: deadlines.
-        on_answer: called on a thread of the connection, before whoever waits for it.
+        on_answer: called with a request and its answer on a thread of the connection, before
+            whoever waits for it.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Connection:
         open_stream: OpenStream,
         hello: pb.Hello,
         options: RemoteOptions,
-        on_answer: Callable[[pb.SessionResponse], None],
+        on_answer: Callable[[Pending, pb.SessionResponse], None],
     ) -> None:
         self._address, self._open_stream = address, open_stream
         self._hello, self._options = hello, options
@@ -89,6 +90,8 @@ class Connection:
         """Steps that the store has acknowledged."""
         self.durable_step = 0
         """Steps below this one outlive the store's host."""
+        self.staleness = 0
+        """Steps by which the store's rows may lag behind."""
         stream, self.welcome = self._connect()
         self.step = self.welcome.step
         hello.fingerprint = self.welcome.fingerprint
@@ -107,8 +110,13 @@ class Connection:
         if self._error is not None:
             raise self._error
 
+    @property
+    def forked(self) -> bool:
+        """Whether it belongs to another process than this one."""
+        return os.getpid() != self._process
+
     def _check_process(self) -> None:
-        if os.getpid() != self._process:
+        if self.forked:
             raise ProtocolError(
                 f"the connection belongs to process {self._process}; it does not survive a fork. "
                 "Connect after the fork (in data loader workers: not at all)"
@@ -219,7 +227,7 @@ class Connection:
 
     def close(self) -> None:
         """End the session. Closing twice is fine; in a forked process nothing happens."""
-        if os.getpid() != self._process:
+        if self.forked:
             return
         stream = self._fail(StoreClosedError("the session was closed; connect again"))
         if stream is not None:
@@ -265,7 +273,7 @@ class Connection:
                 self.step = response.applied.step + 1
             case "restored":
                 self.step = response.restored.step
-        self._on_answer(response)
+        self._on_answer(pending, response)
         if pending.settle(response):
             self._trouble = None
 
@@ -325,7 +333,7 @@ class Connection:
                 self._hello.shared_memory = False
                 return self._greet()
         self._shares_memory = bool(welcome.slot_token)
-        self.durable_step = welcome.durable_step
+        self.durable_step, self.staleness = welcome.durable_step, welcome.staleness
         return stream, welcome
 
     def _adopt(self, stream: Stream) -> None:

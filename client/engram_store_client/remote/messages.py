@@ -1,6 +1,6 @@
 """What a session says and hears, between calls and messages."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from engram_store import wire
 from engram_store.errors import ConfigError, ProtocolError
@@ -46,6 +46,8 @@ def commit_message(
     gradient_scale: float,
     eps: float | None,
     betas: tuple[float, float],
+    *,
+    early: bool,
 ) -> pb.Commit:
     """Raises: ConfigError: a number makes no sense for an optimiser."""
     beta1, beta2 = betas
@@ -59,11 +61,12 @@ def commit_message(
         eps=None if eps is None else float(eps),
         beta1=float(beta1),
         beta2=float(beta2),
+        early=early,
     )
 
 
 def applied_record(
-    message: pb.Applied, windows: list[RemoteWindow], layers: Mapping[int, TableSpec]
+    message: pb.Applied, windows: Sequence[RemoteWindow], layers: Mapping[int, TableSpec]
 ) -> Applied:
     """What a commit did; counted here when only an earlier connection was told."""
     if not message.repeated:

@@ -39,6 +39,13 @@ class Pending:
         """Whether it is needed until its window closes, answered or not."""
         return self.kind in ("announce", "push")
 
+    def has_answer(self, kind: str) -> bool:
+        """Whether the store gave this kind of answer."""
+        answer = self.answer
+        if not answer.done() or answer.exception() is not None:
+            return False
+        return bool(answer.result().WhichOneof("response") == kind)
+
     def settle(self, outcome: pb.SessionResponse | EngramStoreError) -> bool:
         """Give it its answer or its error; whether it had none before."""
         try:

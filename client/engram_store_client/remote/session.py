@@ -3,7 +3,8 @@
 import contextlib
 import itertools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, Literal, Self
 
 import grpc
@@ -20,22 +21,24 @@ from engram_store.errors import (
     ReadOnlyError,
     StepGapError,
     StoreUnreachableError,
+    WindowClosedError,
 )
 from engram_store.recipes import Recipe
 from engram_store.session import Applied, SnapshotRef
 from engram_store.stats import StoreStats
 from engram_store.types import TableSpec, TokenIds
 from engram_store.v1 import store_pb2 as pb
+from engram_store_client.remote.committing import Commits
 from engram_store_client.remote.connection import Connection
 from engram_store_client.remote.credentials import ClientTls
 from engram_store_client.remote.credit import Credit
 from engram_store_client.remote.messages import (
-    applied_record,
     commit_message,
     rates_by_layer,
     read_welcome,
 )
 from engram_store_client.remote.options import RemoteOptions
+from engram_store_client.remote.pending import Pending
 from engram_store_client.remote.statistics import fetch_statistics
 from engram_store_client.remote.stream import Stream, open_channel
 from engram_store_client.remote.window import RemoteWindow
@@ -100,6 +103,7 @@ class RemoteSession:
         except EngramStoreError:
             self.connection.close()
             raise
+        self.commits = Commits(self.connection, self._tables, self._take_back)
         self._credit = Credit[RemoteWindow](self.connection.welcome.credits, RemoteWindow.send)
 
     def _open_stream(self, hello: pb.SessionRequest, *callbacks: Any) -> Stream:
@@ -130,19 +134,31 @@ class RemoteSession:
 
     @property
     def step(self) -> int:
-        """Steps applied so far, as far as this session was told."""
-        return self.connection.step
+        """See `session.Session.step`; as far as this session was told."""
+        under_way = self.commits.under_way
+        return self.connection.step if under_way is None else under_way + 1
+
+    @property
+    def staleness(self) -> int:
+        """Steps by which the store's rows may lag behind, as it was started; 0 is exact."""
+        return self.connection.staleness
 
     @property
     def durable_step(self) -> int:
         """See `session.Session.durable_step`; as far as this session was told."""
         return self.connection.durable_step
 
-    def _check_trains(self) -> None:
-        """Raises: ReadOnlyError, and see `Connection.check`."""
+    def _check_trains(self, *, alone: bool = False) -> None:
+        """For calls that write; `alone` waits for a commit under way.
+
+        Raises: ReadOnlyError, and see `Connection.check`.
+        """
         self.connection.check()
         if self._mode != "train":
             raise ReadOnlyError("the session was opened with mode='read'; use mode='train'")
+        if alone:
+            self.commits.settle()
+            self.connection.check()
 
     # ------------------------------------------------------------------ windows
 
@@ -194,7 +210,10 @@ class RemoteSession:
         Raises:
             CapacityError: they keep it; only a commit, which waits for this window, would end
                 them, or nobody closed them in time.
+            EngramStoreError: what a commit under way raised.
         """
+        if window.announced is None:
+            self.commits.wait_for(window.step)  # its windows take credit
         with self._changed:
             refusal = self._credit.refusal(window.number)
             if refusal is None:
@@ -227,13 +246,33 @@ class RemoteSession:
             self._credit.send_waiting()
         self._changed.notify_all()
 
-    def _on_answer(self, response: pb.SessionResponse) -> None:
-        """Close the windows that a commit or a restore has ended."""
+    def may_read(self, step: int) -> bool:
+        """Whether rows of a step's windows can be had now, or after the commit under way."""
+        applied = self.connection.step
+        return step == self.step or applied <= step <= applied + self.staleness
+
+    def _on_answer(self, pending: Pending, response: pb.SessionResponse) -> None:
+        """Close the windows that the store has closed."""
         match response.WhichOneof("response"):
             case "applied":
                 self._end_windows(response.applied.step)
             case "restored":
                 self._end_windows(None)
+            case "failure" if pending.kind == "read":
+                if response.failure.error == WindowClosedError.__name__:
+                    self._closed_there(pending.window)
+
+    def _closed_there(self, number: int | None) -> None:
+        """The store closed a window, because a commit failed that had given it rows.
+
+        One that it never had stays open here: its step is not to go on without it.
+        """
+        with self._lock:
+            window = self._windows.get(-1 if number is None else number)
+        if window is None or window.announced is None:
+            return
+        if window.announced.has_answer("announced"):
+            window.close()
 
     def _end_windows(self, step: int | None) -> None:
         """The training windows of a step, or all of them; the store has closed them itself."""
@@ -254,24 +293,10 @@ class RemoteSession:
 
     def gradient_norm(self) -> float:
         """See `session.Session.gradient_norm`."""
-        self._check_trains()
-        asked = pb.SessionRequest(gradient_norm=pb.GradientNorm())
-        return self._step_result(asked, "gradient norm", self._pending()).norm.value
-
-    def _step_result(
-        self, request: pb.SessionRequest, asked: str, windows: Sequence[RemoteWindow]
-    ) -> pb.SessionResponse:
-        """The answer to what concerns a whole step, whose gradients may be on their way still.
-
-        The store refuses it if it refused one of them; why is in the answer to that gradient.
-        """
+        self._check_trains(alone=True)
+        request = pb.SessionRequest(gradient_norm=pb.GradientNorm())
         pending = self.connection.send(request)
-        try:
-            return self.connection.result(pending, asked, works=True)
-        except EngramStoreError:
-            for window in windows:
-                window.confirm_pushes()
-            raise
+        return self.commits.result(pending, "gradient norm", self._pending()).norm.value
 
     def commit(
         self,
@@ -283,23 +308,61 @@ class RemoteSession:
         betas: tuple[float, float] = (0.9, 0.999),
     ) -> Applied:
         """See `session.Session.commit`."""
-        self._check_trains()
+        return self._order(step, lr, gradient_scale, eps, betas, early=False)()
+
+    def begin_commit(
+        self,
+        step: int,
+        lr: float | Mapping[int, float],
+        *,
+        gradient_scale: float = 1.0,
+        eps: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+    ) -> "Future[Applied]":
+        """See `session.Session.begin_commit`.
+
+        What the store itself refuses is raised by the result. Of several ranks all have to begin a
+        step's commit like this; otherwise rows of the next one come after it.
+        """
+        finish = self._order(step, lr, gradient_scale, eps, betas, early=True)
+        return self.commits.begin(step, finish)
+
+    def _order(
+        self,
+        step: int,
+        lr: float | Mapping[int, float],
+        gradient_scale: float,
+        eps: float | None,
+        betas: tuple[float, float],
+        *,
+        early: bool,
+    ) -> Callable[[], Applied]:
+        """Check and send a commit; what waits for its end. Raises: as `commit`."""
+        self._check_trains(alone=True)
         if step != self.step:
             raise (DuplicateStepError if step < self.step else StepGapError)(step, self.step)
-        message = commit_message(step, rates_by_layer(lr, self.tables), gradient_scale, eps, betas)
+        rates = rates_by_layer(lr, self.tables)
+        message = commit_message(step, rates, gradient_scale, eps, betas, early=early)
         windows = self._pending()
         missing = sorted({layer for window in windows for layer in window.missing()})
         if missing:
             raise MissingGradientError(step, missing)
-        request = pb.SessionRequest(commit=message)
-        response = self._step_result(request, f"commit step {step}", windows)
-        return applied_record(response.applied, windows, self.tables)
+        return self.commits.send(message, windows)
+
+    def _take_back(self, step: int) -> None:
+        """Close windows that were given rows of a commit which never came to be."""
+        if self.staleness:  # rows that came early are those of steps before
+            return
+        with self._lock:
+            given = [w for w in self._windows.values() if w.step == step and w.got_rows()]
+        for window in given:
+            window.close()
 
     # ------------------------------------------------------------------ snapshots and the end
 
     def snapshot(self) -> SnapshotRef:
         """See `session.Session.snapshot`."""
-        self._check_trains()
+        self._check_trains(alone=True)
         request = self.connection.send(pb.SessionRequest(take_snapshot=pb.TakeSnapshot()))
         response = self.connection.result(request, "take a snapshot", works=True)
         ref = wire.decode_ref(response.snapshot_taken.snapshot)
@@ -312,7 +375,7 @@ class RemoteSession:
 
     def restore(self, snapshot: SnapshotRef | int) -> None:
         """See `session.Session.restore`. Announced windows are closed."""
-        self._check_trains()
+        self._check_trains(alone=True)
         if isinstance(snapshot, int):
             ref = pb.SnapshotRef(step=snapshot)
         else:
@@ -322,6 +385,8 @@ class RemoteSession:
 
     def stats(self) -> StoreStats:
         """See `session.Session.stats`: of the store, whoever used it."""
+        self.connection.check()
+        self.commits.settle()
         while True:
             self.connection.settle()
             stream = self.connection.current_stream()
@@ -332,7 +397,12 @@ class RemoteSession:
                     raise
 
     def close(self) -> None:
-        """Leave the store; it stays open for others. Closing twice is fine."""
+        """Leave the store, which stays open for others, after a commit that is under way.
+
+        Closing twice is fine.
+        """
+        if not self.connection.forked:
+            self.commits.stop()
         self.connection.close()
 
     def __enter__(self) -> Self:

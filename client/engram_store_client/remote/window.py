@@ -110,6 +110,7 @@ class RemoteWindow:
         self.session.wait_until_sent(self)
         if layer not in self._asked:
             self._request_rows(layer)
+        self.session.commits.wait_for(self.step, self._asked[layer].answer)
         asked = f"rows of layer {layer} for a window of step {self.step}"
         try:
             response = self.session.connection.result(self._asked[layer], asked, works=True)
@@ -122,9 +123,9 @@ class RemoteWindow:
     def row_ids(self, layer: int) -> RowIds:
         """See `session.Window.row_ids`."""
         self._check(layer)
-        if layer in self._received or self.step == self.session.step:
+        if layer in self._received or self.step == self.session.connection.step:
             return self._receive(layer).row_ids.copy()
-        # The store answers when the step comes, or with rows as they are now: hash them here.
+        # The store answers when the step has come, or with rows as they are now: hash them here.
         if layer not in self._row_ids:
             self._row_ids[layer], _ = LookupScratch().look_up(
                 self.session.recipe, layer, self.tokens, self.context, self.attention_mask
@@ -134,11 +135,15 @@ class RemoteWindow:
     def rows(self, layer: int) -> tuple[RowBlock, Inverse]:
         """See `session.Window.rows`. Both arrays are read-only."""
         self._check(layer)
-        if self.step is not None and self.step != self.session.step:
+        if self.step is not None and not self.session.may_read(self.step):
             raise StepGapError(self.step, self.session.step)
         received = self._receive(layer)
         self._used.add(layer)
         return received.rows, received.inverse
+
+    def got_rows(self) -> bool:
+        """Whether the store has sent rows of any layer."""
+        return any(asked.has_answer("rows") for asked in self._asked.values())
 
     def missing(self) -> set[int]:
         """Layers that were read and got no gradient; all of them if the window was not used."""

@@ -108,7 +108,7 @@ class FileSystem:
             ValueError: it does not fit what came before, so the record is not complete.
         """
         path = self.relative(operation.path)
-        if operation.kind in ("open_shared", "store", "stored"):
+        if operation.kind in ("open_shared", "store", "stored", "discard"):
             self._store_memory(path, operation)
         elif operation.kind in ("create", "write", "reserve", "truncate", "sync", "close"):
             self._change_content(path, operation)

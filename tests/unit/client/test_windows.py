@@ -1,7 +1,10 @@
 """Windows over a training loop: look-ahead, evaluation, clipping, the control arm."""
 
 import copy
+import errno
 from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +14,13 @@ from torch import nn
 
 from engram_store.errors import (
     ConfigError,
+    DiskFullError,
     InputError,
     MissingGradientError,
     ProtocolError,
     ShapeError,
 )
+from engram_store.session import Applied
 from engram_store.testing import MemorySession
 from engram_store.types import OptimizerKind
 from engram_store_client import Memory, attach
@@ -228,9 +233,9 @@ def test_clipping_counts_for_one_step_only() -> None:
         loss_of(model, make_tokens()).backward()
         if step == 0:
             memory.clip_grad_norm_(model.parameters(), 1e-3)
-            assert memory._clip_scale < 1
+            assert memory._windows.clip_scale < 1
         memory.commit(step, lr=0.1)
-        assert memory._clip_scale == 1.0
+        assert memory._windows.clip_scale == 1.0
 
 
 def test_the_control_arm_trains_gates_and_never_a_table() -> None:
@@ -291,3 +296,135 @@ def test_guards_tell_a_dead_table_from_one_that_learns() -> None:
     assert guards.backward_calls == guards.gradients_pushed == 2 * len(LAYERS)
     rows = sum(len(np.unique(session.recipe.rows(n, make_tokens().numpy()))) for n in LAYERS)
     assert guards.rows_pushed == 2 * rows
+
+
+# ---------------------------------------------------------------------- commits under way
+
+
+class FailingOnce(MemorySession):
+    """Its first commit that is begun fails in the background, when it is told to."""
+
+    def __init__(self, like: MemorySession) -> None:
+        super().__init__(like.recipe, like.tables, {n: t.rows for n, t in like.contents.items()})
+        self.begun: Future[Applied] = Future()
+        self.failed = False
+
+    def begin_commit(self, step: int, lr: Any, **more: Any) -> "Future[Applied]":
+        if self.failed:
+            return super().begin_commit(step, lr, **more)
+        self.failed = True
+        return self.begun
+
+    def fail(self) -> None:
+        """Close the windows of the next step, as a store that gave them rows does."""
+        for window in self._windows:
+            if window.step == self.step + 1:
+                window.close()
+        self.begun.set_exception(DiskFullError(errno.ENOSPC, "no room"))
+
+
+def begun(max_norm: float | None = None) -> tuple[nn.Module, Memory, FailingOnce]:
+    """A model whose first commit is under way."""
+    model, session = llama(), FailingOnce(make_session())
+    memory = attach(model, session)
+    scramble(memory)
+    loss_of(model, make_tokens()).backward()
+    if max_norm is not None:
+        memory.clip_grad_norm_(model.parameters(), max_norm)
+    assert memory.commit(0, lr=1.0, wait=False) is None
+    return model, memory, session
+
+
+def test_a_commit_in_the_background_is_finished_by_the_next_call() -> None:
+    """Windows are forgotten then, and `finish_commit` tells what it did, once."""
+    model, session = llama(), make_session()
+    memory = attach(model, session)
+    scramble(memory)
+    for step in range(3):
+        loss_of(model, make_tokens(seed=step)).backward()
+        assert memory.commit(step, lr=0.1, wait=False) is None
+        assert memory.step == step + 1
+    applied = memory.finish_commit()
+    assert applied is not None
+    assert applied.step == 2
+    assert memory.finish_commit() is None
+    assert memory._windows._training == []
+    assert memory.guards().gradients_pushed == 3 * len(LAYERS)
+
+
+CALLS: dict[str, Callable[[nn.Module, Memory, Path], object]] = {
+    "commit": lambda _, memory, __: memory.commit(1, lr=1.0),
+    "begin": lambda _, memory, __: memory.commit(1, lr=1.0, wait=False),
+    "skip": lambda _, memory, __: memory.skip(1),
+    "norm": lambda model, memory, __: memory.clip_grad_norm_(model.parameters(), 1.0),
+    "finish": lambda _, memory, __: memory.finish_commit(),
+    "forward": lambda model, _, __: loss_of(model, make_tokens()),
+    "look ahead": lambda _, memory, __: next(memory.look_ahead([{"input_ids": make_tokens()}])),
+    "save": lambda _, memory, path: memory.save_pretrained(path),
+    "load": lambda _, memory, path: memory.load(path),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_why_a_commit_failed_is_raised_by_the_next_call_and_only_there(
+    tmp_path: Path, call: Callable[[nn.Module, Memory, Path], object]
+) -> None:
+    """Whatever that is; then the step can be committed again, clipped as it was."""
+    unclipped = trained(one_batch)
+    model, memory, session = begun(max_norm=1e-2)
+    before = contents(session)
+    session.fail()
+
+    with pytest.raises(DiskFullError, match="no room"):
+        call(model, memory, tmp_path)
+
+    assert same_tables(session, before)
+    assert memory.finish_commit() is None
+    assert memory._windows.clip_scale < 1
+    assert memory.step == 0
+    assert set(memory.commit(0, lr=1.0).rows.values()) != {0}
+    assert memory._windows.clip_scale == 1
+    for number in LAYERS:
+        moved = np.abs(before[number] - session.contents[number].rows).max()
+        assert 0 < moved < np.abs(before[number] - unclipped[number]).max()
+
+
+def test_rows_that_came_to_nothing_are_not_trained() -> None:
+    """The pass that saw them has to be run again; those of later steps stay announced."""
+    model, memory, session = begun()
+    batches = [{"input_ids": make_tokens(seed=s)} for s in range(2)]
+    session.step = 1  # as a session says while a commit is under way
+    ahead = memory.look_ahead(batches, depth=1)
+    batch = next(ahead)
+    loss_of_batch(model, batch).backward()
+    session.step = 0
+    session.fail()
+
+    with pytest.raises(DiskFullError):
+        memory.commit(1, lr=1.0)
+    memory.commit(0, lr=1.0)
+    with pytest.raises(ProtocolError, match="ticket"):
+        loss_of_batch(model, batch)
+    loss_of(model, make_tokens(seed=0)).backward()
+    memory.commit(1, lr=1.0)
+    loss_of_batch(model, next(ahead)).backward()
+    memory.commit(2, lr=1.0)
+
+    assert session.step == 3
+
+
+def test_detaching_waits_for_a_commit_and_says_why_it_failed() -> None:
+    model, memory, session = begun()
+    session.fail()
+    with pytest.raises(DiskFullError):
+        memory.detach()
+    memory.detach()
+    assert "engram_memory" not in dict(model.named_children())
+    assert all(window.closed for window in session._windows)
+
+
+def test_the_control_arm_commits_in_the_background_what_it_commits() -> None:
+    memory = attach(llama(), make_session(), zero_table=True)
+    assert memory.commit(0, lr=1.0, wait=False) is None
+    assert memory.step == 1
+    assert memory.finish_commit() is None

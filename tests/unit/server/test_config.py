@@ -100,6 +100,8 @@ def test_service_links_are_not_settings() -> None:
         ({"max_message_bytes": 1 << 31}, {}, DIR, ("max_message_bytes is 2147483648", "to 2,1")),
         ({"fold_ratio": float("inf")}, {}, DIR, ("fold_ratio is inf", "number, 0.01 to")),
         ({}, {}, {}, ("data_dir is not set", "ENGRAM_STORE_DATA_DIR")),
+        ({"staleness": -1}, {}, DIR, ("staleness is -1", "number of steps, 0 to 1,000")),
+        ({}, {}, {**DIR, "lookahead_bytes": -1}, ("(--lookahead-bytes)", "bytes, at least 0")),
         ({"fold_ratio": 10**400}, {}, DIR, ("fold_ratio is 1000", "number, 0.01 to")),
         ({}, {}, {"data_dir": Path("d" * 100)}, ("socket", "at most 107 bytes")),
         ({}, {}, {**DIR, "socket": Path("/a%20b")}, ("'/a%20b' (--socket)", "gRPC reads as parts")),

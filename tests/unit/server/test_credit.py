@@ -189,8 +189,9 @@ def test_a_client_that_overdraws_is_refused_and_its_step_with_it(
                 window.push(layer, np.zeros(window.rows(layer)[0].shape, np.float32))
         with pytest.raises(CapacityError, match="session_bytes"):
             windows[2].rows(1)
+        norm = session.connection.send(pb.SessionRequest(gradient_norm=pb.GradientNorm()))
         with pytest.raises(CapacityError, match="session_bytes"):
-            session._step_result(pb.SessionRequest(gradient_norm=pb.GradientNorm()), "the norm", [])
+            session.commits.result(norm, "the norm", [])
         assert store.step == 0
         windows[2].close()
         session.commit(0, 0.1)

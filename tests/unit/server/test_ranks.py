@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import engram_store
 from engram_store import wire
 from engram_store.errors import ConfigError, MissingGradientError, ProtocolError
 from engram_store.recipes import Recipe
+from engram_store.session import Applied
 from engram_store.store import Store
 from engram_store.v1 import store_pb2 as pb
 from engram_store.v1.store_pb2_grpc import StoreServiceStub
@@ -65,6 +66,60 @@ def test_ranks_train_what_one_trainer_trains(
     assert_same_tables(store, plan.oracle(lambda: make_oracle(recipe, INITIAL)))
 
 
+@pytest.mark.parametrize("beginning", [{0, 1}, {1}, {0}], ids=["both", "rank 1", "rank 0"])
+def test_ranks_begin_commits_together_or_not(
+    address: str, store: Store, recipe: Recipe, beginning: set[int]
+) -> None:
+    """Windows are announced a step ahead; tables are those of one trainer, bit for bit."""
+    plan = Plan(ranks=2, steps=8)
+
+    def run(rank: int) -> list[Applied]:
+        results: list[Future[Applied]] = []
+        with join(address.removeprefix("tcp://"), rank) as session:
+            windows = {0: [(w, session.announce(w.tokens, 0)) for w in plan.of(0, rank)]}
+            for step in range(8):
+                if step < 7:
+                    coming = plan.of(step + 1, rank)
+                    windows[step + 1] = [(w, session.announce(w.tokens, step + 1)) for w in coming]
+                for planned, window in windows.pop(step):
+                    for layer in session.tables:
+                        shape = window.rows(layer)[0].shape
+                        window.push(layer, planned.gradients(layer, shape))
+                if rank in beginning:
+                    results.append(session.begin_commit(step, 0.1))
+                else:
+                    results.append(Future())
+                    results[-1].set_result(session.commit(step, 0.1))
+        return [result.result() for result in results]
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(run, range(2))
+
+    assert first == second
+    assert_same_tables(store, plan.oracle(lambda: make_oracle(recipe, INITIAL)))
+
+
+def test_rows_come_early_only_if_every_rank_is_ready_for_them(
+    socket: str, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that waits for the commit would not take them back if it failed."""
+    asked: list[bool] = []
+    commit = store.commit
+
+    def recorded(*args: Any, early: bool, **more: Any) -> Any:
+        asked.append(early)
+        return commit(*args, early=early, **more)
+
+    monkeypatch.setattr(store, "commit", recorded)
+    with join(socket, 0) as first, join(socket, 1) as second:
+        for early in (True, False):
+            begun = first.begin_commit(first.step, 0.1)
+            (second.begin_commit if early else second.commit)(second.step, 0.1)
+            begun.result(SECONDS)
+
+    assert asked == [True, False]
+
+
 def test_three_ranks_with_different_numbers_of_windows(
     socket: str, store: Store, recipe: Recipe
 ) -> None:
@@ -112,6 +167,32 @@ def test_a_rank_that_loses_its_connection_holds_the_others_up_and_no_more(
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(run, range(2)))
 
+    assert_same_tables(store, plan.oracle(lambda: make_oracle(recipe, INITIAL)))
+
+
+def test_a_rank_whose_connection_breaks_while_another_applies_the_step_has_its_part_in_it(
+    socket: str, store: Store, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its windows are closed only after the commit, which names it."""
+    plan = Plan(ranks=2, steps=2)
+    commit = store.commit
+    with join(socket, 0) as first, join(socket, 1) as second, ThreadPoolExecutor(1) as pool:
+
+        def broken(*args: Any, **more: Any) -> Any:
+            monkeypatch.setattr(store, "commit", commit)
+            second.connection.current_stream()._call.cancel()
+            threading.Event().wait(0.2)  # more than enough for the store to notice
+            applied = commit(*args, **more)
+            marks.extend(store.marks)
+            return applied
+
+        marks: list[Any] = []
+        monkeypatch.setattr(store, "commit", broken)
+        waiting = pool.submit(plan.train_rank, second, 1, lambda *_: 0.0)
+        plan.train_rank(first, 0, lambda _, step: 0.0 if step else 0.3)
+        waiting.result(SECONDS)
+
+    assert [mark.part for mark in marks] == [0, 1]
     assert_same_tables(store, plan.oracle(lambda: make_oracle(recipe, INITIAL)))
 
 

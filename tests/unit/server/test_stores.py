@@ -21,7 +21,9 @@ from engram_store.errors import (
     StoreNotFoundError,
     UnknownStoreError,
 )
+from engram_store.lookahead import default_room
 from engram_store.recipes import Recipe
+from engram_store.store import Store
 from engram_store_server.config import ServerConfig
 from engram_store_server.creation import StoreMaker
 from engram_store_server.home import close_stores, find_stores, open_stores, overlay_share
@@ -194,6 +196,28 @@ def test_stores_share_memory_only_where_nothing_else_was_asked_for(
     specs = list(specs_of(recipe).values())
     assert slots(overlay_bytes=asked) == 2 * [overlay_capacity(specs, asked)]
     assert slots() == 2 * [overlay_capacity(specs, overlay_share(specs_of(recipe), 2))]
+
+
+def test_stores_share_the_memory_for_looking_ahead(
+    make_store: MakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its default is divided; given explicitly it is what each store gets, as `staleness` is."""
+    for name in ("home/a", "home/b"):
+        make_store(name)
+    found, given, really = find_stores(tmp_path / "home"), list[Any](), engram_store.open
+
+    def recorded(*args: Any, **options: Any) -> Store:
+        given.append((options["lookahead_bytes"], options["staleness"]))
+        return really(*args, **options)
+
+    monkeypatch.setattr(engram_store, "open", recorded)
+    for config in (
+        ServerConfig(data_dir=found.root),
+        ServerConfig(data_dir=found.root, lookahead_bytes=5_000, staleness=2),
+    ):
+        close_stores(open_stores(found, config))
+
+    assert given == [*2 * [(default_room() // 2, 0)], *2 * [(5_000, 2)]]
 
 
 def test_an_error_of_opening_names_the_store(make_store: MakeStore, tmp_path: Path) -> None:
