@@ -1,5 +1,6 @@
 """`engram-store bench`: how fast this machine does what training needs."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -166,6 +167,8 @@ def train(
     directory: _Directory = None,
 ) -> None:
     """Tokens a second of a small model on the CPU, beside rows in memory and no table at all."""
+    # Before torch is loaded: its threads spin while they wait, on the cores that a store works on.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from engram_store.bench.train_place import TrainWorkload
 
     if quick:

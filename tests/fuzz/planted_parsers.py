@@ -67,12 +67,6 @@ _BUGS: tuple[tuple[str, str, Patch, str], ...] = (
         "nobody was told that the pins are gone",
     ),
     (
-        "whatever-is-there-is-read-as-a-pin",
-        "pin",
-        lambda: mock.patch("engram_store.layout.pins._check_kinds"),
-        "IsADirectoryError",
-    ),
-    (
         "exports-link-to-links",
         "export",
         lambda: mock.patch.object(Carrier, "_link", _link_as_it_is),

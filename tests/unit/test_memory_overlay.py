@@ -374,6 +374,7 @@ def test_a_window_too_large_for_the_page_cache_is_said_once(
     """Which settings to lower, with their values."""
     plan = plan_memory(list(specs_of(recipe).values()), 256 << 20)
     paging = Paging(plan=plan)
+    caplog.clear()  # a new reader is told of too
     fits = int(plan.page_cache_bytes / 1.5 / 4096)
     paging.saw(100_000, fits, 0)
     assert not caplog.records

@@ -215,6 +215,7 @@ def test_late_windows_say_why(pair: Pair) -> None:
 @pytest.mark.parametrize(("ahead", "cold"), [(0, False), (1, False), (1, True)])
 def test_a_window_knows_whether_it_was_staged_and_cold(pair: Pair, ahead: int, cold: bool) -> None:
     """That is what its lateness is put down to."""
+    pair.store._announced.ahead.stages_warm = True
     if cold:
         make_cold(pair.store)
     window = pair.announce(random_tokens(pair.rng), ahead)
