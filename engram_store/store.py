@@ -12,7 +12,6 @@ import numpy as np
 
 from engram_store.announced import AnnouncedWindows
 from engram_store.engine import Engine, EngineOptions, RecoveryReport
-from engram_store.engine.engine import TableUpdate
 from engram_store.engine.garbage import GarbageReport
 from engram_store.engine.gradients import GradientSummer, SummedGradients
 from engram_store.engine.lookup import Allocate, SlotPool, plain_memory
@@ -21,6 +20,7 @@ from engram_store.engine.memtable import new_session_id
 from engram_store.engine.promotion import Promotion
 from engram_store.engine.reader import Reader
 from engram_store.engine.statistics import Late, StoreCounters, TableCounters
+from engram_store.engine.updates import TableUpdate
 from engram_store.errors import (
     ConfigError,
     DtypeError,
@@ -375,21 +375,21 @@ class Store:
     def _commit(self, order: _Order, *, early: bool) -> Applied:
         engine = self._trained()
         summed = order.summed or self._sum_gradients(order.windows)
-        windows = self._announced.claim_early() if early else {}
-        updates = [
-            TableUpdate(
-                layer,
-                part.rows,
-                part.sums,
-                rule_step(spec, order.step, order.hyper[layer]),
-                early=windows.get(layer),
-                old=self._announced.kept_rows(layer, order.windows, part),
-            )
-            for layer, spec in self.tables.items()
-            if (part := summed[layer]).rows.size
-        ]
+        early_windows = self._announced.claim_early() if early else {}
         applied = False
         try:
+            updates = [
+                TableUpdate(
+                    layer,
+                    part.rows,
+                    part.sums,
+                    rule_step(spec, order.step, order.hyper[layer]),
+                    early=early_windows.get(layer),
+                    old=self._announced.kept_rows(layer, order.windows, part),
+                )
+                for layer, spec in self.tables.items()
+                if (part := summed[layer]).rows.size
+            ]
             engine.commit(order.step, updates, order.marks)
             applied = True
         finally:

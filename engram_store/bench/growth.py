@@ -40,8 +40,8 @@ from engram_store.bench.workplace import (
     touched,
 )
 from engram_store.engine import Engine
-from engram_store.engine.engine import TableUpdate
 from engram_store.engine.lookup import LookupScratch
+from engram_store.engine.updates import TableUpdate
 from engram_store.errors import ConfigError
 from engram_store.kernels.rows import locate
 from engram_store.optimizers import rule_step

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from engram_store.bench.harness import Quantity, Timing, stopwatch_ms, undisturbed
 from engram_store.bench.workplace import BATCHES, LAYER, Workplace
-from engram_store.engine.engine import TableUpdate
+from engram_store.engine.updates import TableUpdate
 from engram_store.optimizers import rule_step
 from engram_store.types import HyperParameters
 

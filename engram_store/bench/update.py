@@ -20,7 +20,7 @@ from engram_store.bench.harness import (
 )
 from engram_store.bench.peers.compare import Comparison
 from engram_store.bench.workplace import BATCHES, LAYER, Say, Workplace
-from engram_store.engine.engine import TableUpdate
+from engram_store.engine.updates import TableUpdate
 from engram_store.optimizers import commit_seed, rule_step
 from engram_store.types import HyperParameters, RowBlock
 

@@ -1,5 +1,6 @@
 """What a store's tables share to read cold pages: a reader, and who knows which are cold."""
 
+import contextlib
 import logging
 import threading
 from collections.abc import Iterable
@@ -75,7 +76,9 @@ class Paging:
                 residency = self._watched.get(mapping)
             left -= mapping.bytes.size
             if residency is not None and left >= 0:
-                residency.refresh()
+                # A file that was unmapped just now; a belief must not fail a seal or a fold.
+                with contextlib.suppress(OSError):
+                    residency.refresh()
 
     def forget(self, mapping: Mapping) -> None:
         """The mapping is about to be unmapped."""

@@ -35,8 +35,7 @@ from engram_store.engine.restoring import Parts, Restoring, start_from
 from engram_store.engine.scrub import Scrubber
 from engram_store.engine.statistics import MaintenanceCounters
 from engram_store.engine.table import Table
-from engram_store.engine.updates import PostImages, check_updates
-from engram_store.engine.updates import TableUpdate as TableUpdate
+from engram_store.engine.updates import PostImages, TableUpdate, check_updates
 from engram_store.errors import (
     DuplicateStepError,
     StepGapError,

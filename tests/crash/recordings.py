@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 import engram_store
 from engram_store import snapshots
-from engram_store.engine.engine import Engine, TableUpdate
+from engram_store.engine.engine import Engine
 from engram_store.engine.extents import BLOCK_SLOTS
 from engram_store.engine.memtable import _PUBLISHED_OFFSET, slot_bytes
 from engram_store.engine.rewind import rewind
+from engram_store.engine.updates import TableUpdate
 from engram_store.layout.create import Normal, create_store, table_specs
 from engram_store.layout.manifest import Mark
 from engram_store.layout.metadata import StoreMetadata

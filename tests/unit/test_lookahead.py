@@ -587,3 +587,27 @@ def test_what_is_asked_while_a_commit_is_under_way(make_pair: MakePair) -> None:
     with pytest.raises(StepGapError):
         pair.session.begin_commit(2, 0.1)
     pair.store.close()
+
+
+def test_a_commit_that_fails_before_it_begins_lets_go_of_the_next_window(
+    make_pair: MakePair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = make_pair()
+    train_behind(pair, 2, 1, lambda _: None)
+    now, later = (pair.announce(random_tokens(pair.rng), step) for step in (2, 3))
+    now.push_random(pair.rng)
+    staged(pair.store, [later.store])
+    with monkeypatch.context() as patch:
+
+        def refused(*_: Any) -> None:
+            raise ConfigError("no such rule")
+
+        patch.setattr("engram_store.store.rule_step", refused)
+        applied = pair.session.begin_commit(2, 0.1)
+        assert isinstance(applied.exception(), ConfigError)
+    assert isinstance(later.store, StoreWindow)
+    assert all(lookup.phase is Phase.STAGED for lookup in later.store.lookups.values())
+    pair.commit()
+    later.push_random(pair.rng)
+    pair.commit()
+    pair.check()
