@@ -18,10 +18,11 @@ from engram_store.engine.lookup import LookupScratch
 from engram_store.types import RowIds, TokenIds
 
 _TOTAL, _NUMPY, _MEMORY = "window", "numpy: window", "memory: window"
+_SMALL_PAGES = "memory in small pages: gather"
 _REFERENCES = {
     "hash": ("numpy: hash",),
     "dedup": ("numpy: dedup",),
-    "remap + gather": ("numpy: gather", "memory: gather", "memcpy"),
+    "remap + gather": ("numpy: gather", "memory: gather", _SMALL_PAGES, "memcpy"),
     _TOTAL: (_NUMPY, _MEMORY),
     "announce to rows": (_NUMPY, _TOTAL),
 }
@@ -44,6 +45,7 @@ def bench_window(place: Workplace, say: Say) -> Report:
     ]
     report.notes = [
         "'memory' is the same steps over rows in anonymous memory (huge pages), without a remap",
+        "'small pages' are those of 4 KiB that a file has in the page cache unless it is lucky",
         "'announce to rows' adds the session: checks, a copy of the tokens and two thread hops",
     ]
     if workload.peers:
@@ -84,6 +86,7 @@ def _cases(place: Workplace) -> dict[str, Case]:
     assert int(flat[:, 0].sum()) >= 0  # reads every page once
     memory = place.rows_in_memory()
     memory_bytes, slot_bytes = memory.view(np.uint8), slot.view(np.uint8)
+    small_pages = place.rows_in_small_pages().view(np.uint8)
 
     def look_up(batch: Batch) -> RowIds:
         return scratch.look_up(place.recipe, LAYER, batch.tokens, None, None)[0]
@@ -116,6 +119,9 @@ def _cases(place: Workplace) -> dict[str, Case]:
     def memory_gather(number: int) -> None:
         plain.gather(memory_bytes, batches[number].rows, slot_bytes)
 
+    def small_pages_gather(number: int) -> None:
+        plain.gather(small_pages, batches[number].rows, slot_bytes)
+
     def memcpy(number: int) -> None:
         # A run of rows of the big table, so that the source is as cold as the rows are.
         count = batches[number].rows.size
@@ -139,6 +145,7 @@ def _cases(place: Workplace) -> dict[str, Case]:
         "numpy: dedup": numpy_dedup,
         "remap + gather": gather_only,
         "memory: gather": memory_gather,
+        _SMALL_PAGES: small_pages_gather,
         "memcpy": memcpy,
         "numpy: gather": numpy_gather,
         _TOTAL: window,

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_store.engine.bulk import ChunkWriter
 from engram_store.engine.extents import BLOCK_SHIFT, ArrayMemory, Segment
 from engram_store.engine.memory import PAGE_BYTES, forget_cached_pages, memory_headroom_bytes
 from engram_store.engine.pieces import (
     Pages,
     Throttle,
-    forget_pages,
     piece_rows,
     read_pieces,
     resident_pages,
@@ -264,26 +264,20 @@ class Fold:
 
         A page stays in the page cache where what it was made of was there.
         """
-        disk, sums, offset = self._disk, [], 0
+        disk, sums, block = self._disk, [], 0
         remove_file(path, disk)
         with disk_errors(path):
             fd = disk.create(path)
             try:
-                unsynced: list[tuple[int, Pages]] = []
-                synced = 0
+                writer = ChunkWriter(disk, fd)
                 for data, keep in pieces:
-                    block = offset // checksums.BLOCK_BYTES
                     sums.append(checksums.block_checksums(data, identity, block))
-                    unsynced.append((offset, ~keep))
-                    _write_at(disk, fd, data, offset)
-                    offset += data.size
+                    block += sums[-1].size
+                    writer.add(data, keep)
                     self._throttle.take(data.size)
-                    if offset - synced >= SYNC_BYTES:
-                        disk.sync(fd)
-                        _forget(fd, unsynced)
-                        synced = offset
-                disk.sync(fd)
-                _forget(fd, unsynced)
+                    if writer.unsynced_bytes >= SYNC_BYTES:
+                        writer.sync()
+                writer.finish()
             finally:
                 disk.close(fd)
         return np.concatenate(sums)
@@ -336,19 +330,6 @@ def _put_over(
     new = np.empty(rows.size * row_bytes, np.uint8)
     kernels.copy_rows(addresses, row_bytes, new)
     data.reshape(-1, row_bytes)[rows] = new.reshape(-1, row_bytes)
-
-
-def _write_at(disk: Disk, fd: int, data: NDArray[np.uint8], offset: int) -> None:
-    view = memoryview(data)  # type: ignore[arg-type]
-    while view:
-        written = disk.write(fd, view, offset)
-        view, offset = view[written:], offset + written
-
-
-def _forget(fd: int, pieces: list[tuple[int, Pages]]) -> None:
-    for offset, pages in pieces:
-        forget_pages(fd, offset, pages)
-    pieces.clear()
 
 
 def forget_old_files(fold: Fold, plan: FoldPlan, table: Table, generation: int) -> None:

@@ -19,6 +19,9 @@ from engram_store.layout.disk import Disk
 
 WRITE_BYTES = 8 << 20
 """Bytes handed to one write call: large enough for the disk, small enough to stop early."""
+HUGE_PAGE_BYTES = 2 << 20
+"""What is written in whole, aligned blocks of this can be mapped as huge pages, which makes reading
+single rows of it faster."""
 _FAULTS = frozenset(
     {errno.EIO, errno.EROFS, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.EREMOTEIO}
 )
@@ -93,11 +96,31 @@ def write_file(path: Path, parts: Iterable[Part], disk: Disk) -> None:
 
 def _write_parts(fd: int, parts: Iterable[Part], disk: Disk) -> None:
     offset = 0
-    for part in parts:
-        view = memoryview(part).cast("B")  # type: ignore[arg-type]
+    for view in _joined(parts):
         while view:
             written = disk.write(fd, view[:WRITE_BYTES], offset)
             view, offset = view[written:], offset + written
+
+
+def _joined(parts: Iterable[Part]) -> Iterator[memoryview]:
+    """The same bytes in pieces that begin at multiples of a huge page. A part may be used again."""
+    held = bytearray()
+    for part in parts:
+        view = memoryview(part).cast("B")  # type: ignore[arg-type]
+        if held:
+            missing = HUGE_PAGE_BYTES - len(held)
+            held += view[:missing]
+            view = view[missing:]
+            if len(held) < HUGE_PAGE_BYTES:
+                continue
+            yield memoryview(held)
+            held = bytearray()
+        whole = len(view) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+        if whole:
+            yield view[:whole]
+        held += view[whole:]
+    if held:
+        yield memoryview(held)
 
 
 def replace_file(path: Path, data: bytes, disk: Disk) -> None:
