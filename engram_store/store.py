@@ -1,63 +1,43 @@
 """A store in the trainer's own process: the session protocol over the engine."""
 
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 
 from engram_store.announced import AnnouncedWindows
+from engram_store.committing import Commits
 from engram_store.engine import Engine, EngineOptions, RecoveryReport
 from engram_store.engine.garbage import GarbageReport
-from engram_store.engine.gradients import GradientSummer, SummedGradients
 from engram_store.engine.lookup import Allocate, SlotPool, plain_memory
 from engram_store.engine.memory_plan import MemoryPlan
-from engram_store.engine.memtable import new_session_id
 from engram_store.engine.promotion import Promotion
 from engram_store.engine.reader import Reader
 from engram_store.engine.statistics import Late, StoreCounters, TableCounters
-from engram_store.engine.updates import TableUpdate
 from engram_store.errors import (
     ConfigError,
     DtypeError,
     DuplicateStepError,
-    MissingGradientError,
     ProtocolError,
     ReadOnlyError,
     RowRangeError,
-    StepGapError,
     StoreClosedError,
     UnknownLayerError,
 )
-from engram_store.kernels.gradients import sum_of_squares
 from engram_store.layout.manifest import Mark
 from engram_store.layout.metadata import StoreMetadata, check_recipe, read_metadata
 from engram_store.layout.paths import StorePaths
 from engram_store.layout.snapshots import Wanted
-from engram_store.optimizers import rule_step
 from engram_store.recipes import Recipe
 from engram_store.session import Applied, SnapshotRef
 from engram_store.stats import StoreStats
-from engram_store.types import HyperParameters, RowBlock, RowIds, TableSpec, TokenIds
+from engram_store.types import RowBlock, RowIds, TableSpec, TokenIds
 from engram_store.window import StoreWindow
 
 Mode = Literal["read", "train"]
-
-
-@dataclass(frozen=True, slots=True)
-class _Order:
-    """A commit that was asked for and checked."""
-
-    step: int
-    hyper: Mapping[int, HyperParameters]
-    windows: list[StoreWindow]
-    summed: dict[int, SummedGradients] | None
-    """Their gradients, if they were summed before."""
-    marks: tuple[Mark, ...]
 
 
 class Store:
@@ -96,13 +76,7 @@ class Store:
             self._engine = Engine(paths, self.metadata, options)
         else:
             self._engine = Reader(paths, self.metadata, snapshot, count_uses=count_uses)
-        self._session = new_session_id()
         self._slots = SlotPool(allocate)
-        self._summers = {layer: GradientSummer(spec) for layer, spec in self.tables.items()}
-        self._summed: dict[int, SummedGradients] | None = None
-        self._committer: ThreadPoolExecutor | None = None
-        self._under_way: tuple[int, Future[Applied]] | None = None
-        """The last step that was begun in the background."""
         self._counters = StoreCounters()
         self._table_counters = {
             layer: TableCounters(self.recipe, spec) for layer, spec in self.tables.items()
@@ -116,6 +90,16 @@ class Store:
             lookahead_bytes=ahead,
             staleness=options.staleness,
         )
+        self._commits: Commits | None = None
+        if isinstance(self._engine, Engine):
+            self._commits = Commits(
+                self._engine,
+                self.tables,
+                self._announced,
+                self._counters,
+                self._table_counters,
+                self.check_open,
+            )
 
     # ------------------------------------------------------------------ what it is
 
@@ -137,11 +121,7 @@ class Store:
     @property
     def step(self) -> int:
         """See `session.Session.step`."""
-        if self._under_way is not None:
-            step, applied = self._under_way
-            if not applied.done():
-                return step + 1
-        return self._engine.step
+        return self._engine.step if self._commits is None else self._commits.step
 
     @property
     def durable_step(self) -> int:
@@ -192,14 +172,16 @@ class Store:
 
         Raises: StoreClosedError, ReadOnlyError.
         """
+        return self._pending_step(alone=alone).engine
+
+    def _pending_step(self, *, alone: bool = True) -> Commits:
+        """The step that gradients are pushed for; otherwise as `_trained`."""
         self.check_open()
-        if alone and self._under_way is not None:
-            # Whoever began it is told what came of it.
-            wait([self._under_way[1]])
-            self._under_way = None
-        if not isinstance(self._engine, Engine):
+        if self._commits is None:
             raise ReadOnlyError("the store was opened with mode='read'; open it with mode='train'")
-        return self._engine
+        if alone:
+            self._commits.wait()
+        return self._commits
 
     # ------------------------------------------------------------------ windows
 
@@ -249,13 +231,8 @@ class Store:
 
         Raises: what the commit raised.
         """
-        if self._under_way is None or self._under_way[0] + 1 != step:
-            return
-        applied = self._under_way[1]
-        either: list[Future[Any]] = [gathered, applied]
-        wait(either, return_when=FIRST_COMPLETED)
-        if not gathered.done():
-            applied.result()
+        if self._commits is not None:
+            self._commits.wait_for_rows(step, gathered)
 
     def start_find(self, window: StoreWindow, layer: int) -> None:
         """Hash a window's tokens, if that was not begun before."""
@@ -276,36 +253,14 @@ class Store:
 
     # ------------------------------------------------------------------ committing
 
-    def _pending(self) -> list[StoreWindow]:
-        return self._announced.of_step(self.step)
-
-    def _sum_gradients(self, windows: list[StoreWindow]) -> dict[int, SummedGradients]:
-        """A step's gradients of every table."""
-        futures: dict[int, Future[SummedGradients]] = {}
-        for layer, stream in self._engine.streams.items():
-            parts = [part for w in windows if (part := w.lookups[layer].gradient) is not None]
-            futures[layer] = stream.submit(
-                self._summers[layer].sum_parts, parts, self._announced.scratch(layer)
-            )
-        wait(futures.values())  # also when one fails: its memory is used again
-        return {layer: future.result() for layer, future in futures.items()}
-
     def forget_sums(self) -> None:
         """Gradients changed since they were summed."""
-        self._summed = None
-
-    def _check_gradients(self) -> None:
-        """Raises: MissingGradientError."""
-        missing = sorted({layer for window in self._pending() for layer in window.missing()})
-        if missing:
-            raise MissingGradientError(self.step, missing)
+        if self._commits is not None:
+            self._commits.forget_sums()
 
     def gradient_norm(self) -> float:
         """See `session.Session.gradient_norm`."""
-        self._trained(alone=True)
-        if self._summed is None:
-            self._summed = self._sum_gradients(self._pending())
-        return math.sqrt(sum(sum_of_squares(part.sums) for part in self._summed.values()))
+        return self._pending_step().gradient_norm()
 
     def commit(
         self,
@@ -325,8 +280,11 @@ class Store:
             marks: for whom, if not for this process.
             early: hand rows of the next window out before the commit is done.
         """
-        order = self._order(step, lr, gradient_scale, eps, betas, marks)
-        return self._commit(order, early=early)
+        pending = self._pending_step()
+        order = pending.order(
+            step, lr, gradient_scale=gradient_scale, eps=eps, betas=betas, marks=marks
+        )
+        return pending.apply(order, early=early)
 
     def begin_commit(
         self,
@@ -338,73 +296,9 @@ class Store:
         betas: tuple[float, float] = (0.9, 0.999),
     ) -> "Future[Applied]":
         """See `session.Session.begin_commit`."""
-        order = self._order(step, lr, gradient_scale, eps, betas, ())
-        if self._committer is None:
-            self._committer = ThreadPoolExecutor(1, "engram-commit")
-        applied = self._committer.submit(self._commit, order, early=True)
-        self._under_way = step, applied
-        return applied
-
-    def _order(
-        self,
-        step: int,
-        lr: float | Mapping[int, float],
-        gradient_scale: float,
-        eps: float | None,
-        betas: tuple[float, float],
-        marks: tuple[Mark, ...],
-    ) -> _Order:
-        """Check a commit. Raises: as `commit`."""
-        self._trained(alone=True)
-        if step != self.step:
-            raise (DuplicateStepError if step < self.step else StepGapError)(step, self.step)
-        hyper = {
-            layer: HyperParameters(
-                lr=_rate(lr, layer),
-                eps=eps,
-                beta1=betas[0],
-                beta2=betas[1],
-                gradient_scale=gradient_scale,
-            )
-            for layer in self.tables
-        }
-        self._check_gradients()
-        mine = Mark(session=self._session, epoch=0, step=step)
-        return _Order(step, hyper, self._pending(), self._summed, marks or (mine,))
-
-    def _commit(self, order: _Order, *, early: bool) -> Applied:
-        engine = self._trained()
-        summed = order.summed or self._sum_gradients(order.windows)
-        early_windows = self._announced.claim_early() if early else {}
-        applied = False
-        try:
-            updates = [
-                TableUpdate(
-                    layer,
-                    part.rows,
-                    part.sums,
-                    rule_step(spec, order.step, order.hyper[layer]),
-                    early=early_windows.get(layer),
-                    old=self._announced.kept_rows(layer, order.windows, part),
-                )
-                for layer, spec in self.tables.items()
-                if (part := summed[layer]).rows.size
-            ]
-            engine.commit(order.step, updates, order.marks)
-            applied = True
-        finally:
-            self._announced.end_early(applied=applied)
-        self.forget_sums()
-        for window in order.windows:
-            window.close()
-        self._announced.begin_step()
-        self._counters.steps += 1
-        for layer, part in summed.items():
-            self._table_counters[layer].count_update(part.rows.size, part.skipped)
-        return Applied(
-            step=order.step,
-            rows={layer: int(part.rows.size) for layer, part in summed.items()},
-            skipped_rows={layer: part.skipped for layer, part in summed.items()},
+        pending = self._pending_step()
+        return pending.begin(
+            pending.order(step, lr, gradient_scale=gradient_scale, eps=eps, betas=betas)
         )
 
     # ------------------------------------------------------------------ snapshots
@@ -525,8 +419,8 @@ class Store:
             DiskFullError: the newest rows stay in shared memory for the next open.
         """
         if os.getpid() == self._process:
-            if self._committer is not None:
-                self._committer.shutdown()
+            if self._commits is not None:
+                self._commits.close()
             self._announced.ahead.stop()
             self._engine.close()
 
@@ -535,14 +429,6 @@ class Store:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _rate(lr: float | Mapping[int, float], layer: int) -> float:
-    if not isinstance(lr, Mapping):
-        return lr
-    if layer not in lr:
-        raise ConfigError(f"no learning rate for layer {layer}; lr has layers {sorted(lr)}")
-    return lr[layer]
 
 
 def _checked_rows(spec: TableSpec, rows: RowIds) -> RowIds:

@@ -602,7 +602,7 @@ def test_a_commit_that_fails_before_it_begins_lets_go_of_the_next_window(
         def refused(*_: Any) -> None:
             raise ConfigError("no such rule")
 
-        patch.setattr("engram_store.store.rule_step", refused)
+        patch.setattr("engram_store.committing.rule_step", refused)
         applied = pair.session.begin_commit(2, 0.1)
         assert isinstance(applied.exception(), ConfigError)
     assert isinstance(later.store, StoreWindow)
