@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format types unit fuzz torture proto bench conformance clean
+.PHONY: help install demo test lint format types unit fuzz torture proto bench results conformance clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -33,8 +33,9 @@ format: $(STAMP) ## Let ruff rewrite the formatting
 types: $(STAMP) ## mypy, strict
 	$(BIN)/mypy
 
-unit: $(STAMP) ## pytest
-	$(BIN)/pytest -q
+TEST_WORKERS ?= 2
+unit: $(STAMP) ## pytest, with TEST_WORKERS (2) processes
+	$(BIN)/pytest -q -n $(TEST_WORKERS) --dist worksteal
 
 FUZZ_SECONDS ?= 60
 fuzz: $(STAMP) ## Search every parser of outside bytes for bugs, FUZZ_SECONDS (60) each
@@ -52,6 +53,12 @@ proto: $(STAMP) ## Generate engram_store/v1 from proto/ again
 BENCHES := window update growth cold ipc writes recover train hitrate
 bench: $(STAMP) ## Speed, cold reads, recovery and bytes written, each beside its references
 	for bench in $(BENCHES); do $(BIN)/engram-store bench $$bench || exit 1; done
+
+RESULTS_DIR ?= build/results
+results: $(STAMP) ## Run the experiments of docs/results.md anew (hours; may be interrupted), and write its tables and plots
+	$(BIN)/python -m benchmarks.shape --records $(RESULTS_DIR)/shape.jsonl run --dir $(RESULTS_DIR)
+	cp $(RESULTS_DIR)/shape.jsonl benchmarks/results/shape.jsonl
+	$(BIN)/python -m benchmarks.shape report
 
 conformance: $(STAMP) ## Every golden vector of the published recipes
 	$(BIN)/engram-store conformance tests/golden

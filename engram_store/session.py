@@ -68,6 +68,14 @@ class Window(Protocol):
         """
         ...
 
+    def ready(self, layer: int) -> bool:
+        """Whether `rows` would answer, or refuse, without waiting. Begins nothing.
+
+        Raises:
+            UnknownLayerError, WindowClosedError, StoreClosedError.
+        """
+        ...
+
     def gradient_buffer(self, layer: int) -> NDArray[np.float32]:
         """Memory for this window's gradient that the store reads where it is.
 
@@ -136,6 +144,11 @@ class Session(Protocol):
 
         All applied steps outlive the store's process.
         """
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks train the store together; gradients of all of them are summed."""
         ...
 
     def announce(

@@ -186,10 +186,16 @@ class SlotExchange:
     Args:
         limit_bytes: of the slots that the other side may send.
         on_message: gets what the other side posts, on the thread that calls `receive`.
+        on_slot: gets the memory of each slot, ours and theirs, before anybody uses it.
     """
 
-    def __init__(self, limit_bytes: int, on_message: Callable[[bytes], None] | None = None) -> None:
-        self.on_message = on_message
+    def __init__(
+        self,
+        limit_bytes: int,
+        on_message: Callable[[bytes], None] | None = None,
+        on_slot: Callable[[NDArray[np.uint8]], None] | None = None,
+    ) -> None:
+        self.on_message, self._on_slot = on_message, on_slot
         self._posting = threading.Lock()
         self._backlog: deque[bytes] = deque()
         self._left_bytes, self._left_slots = limit_bytes, _MAX_SLOTS
@@ -242,6 +248,8 @@ class SlotExchange:
             start = slot.bytes.ctypes.data
             self._by_start[start] = slot
             self._starts = sorted(self._by_start)
+        if self._on_slot is not None:
+            self._on_slot(slot.bytes)
         return slot.bytes
 
     def holds(self, array: NDArray[Any]) -> bool:
@@ -327,6 +335,8 @@ class SlotExchange:
                 self._left_slots -= 1
                 if self._left_slots < 0:
                     raise ProtocolError(f"more than {_MAX_SLOTS:,} slots in one connection")
+                if self._on_slot is not None:
+                    self._on_slot(slot.bytes)
                 with self._changed:
                     self._theirs[slot.number] = slot
                     self._changed.notify_all()

@@ -128,6 +128,11 @@ class Store:
         """See `session.Session.durable_step`."""
         return self._engine.durable_step
 
+    @property
+    def world_size(self) -> int:
+        """Always 1; ranks train together through a store process."""
+        return 1
+
     def when_durable(self, listener: Callable[[int], None]) -> None:
         """Call with `durable_step` whenever a journal or a seal has moved it; on any thread."""
         self._trained().when_durable(listener)

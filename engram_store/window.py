@@ -142,6 +142,10 @@ class StoreWindow:
         lookup.read = True
         return rows, lookup.found.result()[1]
 
+    def ready(self, layer: int) -> bool:
+        """See `session.Window.ready`."""
+        return self._lookup(layer).gathered.done()
+
     def when_gathered(self, layer: int, call: Callable[["Future[RowBlock]"], None]) -> None:
         """Call back, on any thread, once the rows are there, or cannot come any more.
 

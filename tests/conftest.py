@@ -1,9 +1,14 @@
 """Fixtures shared by all tests: a tiny recipe, stores, and stores paired with their oracle."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+# Before torch is loaded, here and in processes that tests start: its threads spin while they wait
+# for each other, and tests share two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

@@ -7,7 +7,7 @@ checkpoint complete; `engram_config.json` repeats the metadata for people.
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engram_store.errors import (
     ConfigError,
+    FingerprintMismatchError,
     ForeignFileError,
     ShapeError,
     SnapshotMismatchError,
@@ -25,56 +26,166 @@ from engram_store.errors import (
 from engram_store.layout.disk import Disk
 from engram_store.layout.documents import parse_json, text, whole
 from engram_store.layout.files import make_directory, replace_file
+from engram_store.layout.metadata import StoreMetadata
 from engram_store.session import Session, SnapshotRef
 from engram_store_client.gates import Gate, GateConfig
 
 DENSE_FILE = "engram_dense.safetensors"
 CONFIG_FILE = "engram_config.json"
+LIBRARY = "engram-store"
 _VERSION = 1
 _KEY = "engram_config"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Description:
+    """What a checkpoint says about itself."""
+
+    name: str
+    """Of the memory."""
+    snapshot: SnapshotRef
+    step: int
+    """The next step to commit."""
+    gates: Mapping[int, GateConfig]
+    """By layer."""
+    meaning: Mapping[str, Any]
+    """`StoreMetadata.fingerprint_fields` of the store: recipe and tables."""
+    fingerprint: str
+    exported: str | None
+    """Where the tables are, relative to the checkpoint; None: in a store somewhere else."""
+    location: str | None
+    """Where that store was, as an absolute path; None: not known, or not told."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What is written."""
+        return {
+            "library_name": LIBRARY,
+            "version": _VERSION,
+            "name": self.name,
+            "step": self.step,
+            "store": asdict(self.snapshot),
+            "tables": {"exported": self.exported, "location": self.location},
+            "gates": {str(number): config.to_json() for number, config in self.gates.items()},
+            "fingerprint": self.fingerprint,
+            "recipe": dict(self.meaning),
+        }
+
+    @classmethod
+    def from_json(cls, described: Mapping[str, Any]) -> "Description":
+        """Inverse of `to_json`. Raises: AttributeError, KeyError, TypeError, ValueError."""
+        snapshot = SnapshotRef(**described["store"])
+        text(snapshot.store_id, "store_id")
+        whole(snapshot.step, "step of the snapshot")
+        text(snapshot.digest, "digest")
+        tables = described["tables"]
+        for name in ("exported", "location"):
+            if tables[name] is not None:
+                text(tables[name], name)
+        gates = described["gates"].items()
+        return cls(
+            name=text(described["name"], "name"),
+            snapshot=snapshot,
+            step=whole(described["step"], "step"),
+            gates={int(number): GateConfig.from_json(config) for number, config in gates},
+            meaning=dict(described["recipe"].items()),
+            fingerprint=text(described["fingerprint"], "fingerprint"),
+            exported=_inside(tables["exported"]),
+            location=tables["location"],
+        )
+
+
+def _inside(relative: str | None) -> str | None:
+    """A path that stays inside of the checkpoint's directory. Raises: ValueError."""
+    if relative is not None:
+        path = PurePosixPath(relative)
+        if path.is_absolute() or ".." in path.parts or not path.parts:
+            raise ValueError(f"tables at {relative!r} are not inside of the checkpoint")
+    return relative
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """What a directory holds."""
 
-    snapshot: SnapshotRef
-    step: int
-    """The next step to commit."""
-    states: Mapping[int, dict[str, Tensor]]
-    """State dicts of the gates, by layer."""
+    path: Path
+    """Of the file with everything."""
+    description: Description
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def snapshot(self) -> SnapshotRef:
+        """Of the tables."""
+        return self.description.snapshot
+
+    @property
+    def step(self) -> int:
+        """The next step to commit."""
+        return self.description.step
+
+    def states_for(self, gates: Mapping[int, Gate]) -> dict[int, dict[str, Tensor]]:
+        """State dicts of these gates, by layer; nothing is changed.
+
+        Raises:
+            ConfigError: it was made with other layers or other gates.
+            ShapeError: a tensor has another shape than the gate's.
+        """
+        ours = {number: _arithmetic(gate.config) for number, gate in gates.items()}
+        theirs = {n: _arithmetic(config) for n, config in self.description.gates.items()}
+        if ours != theirs:
+            raise ConfigError(f"{self.path} was made for {theirs}; the attached gates are {ours}")
+        return {number: _state(self.tensors, number, gate) for number, gate in gates.items()}
 
 
-def save(directory: Path, gates: Mapping[int, Gate], snapshot: SnapshotRef, *, step: int) -> None:
+def describe(
+    session: Session,
+    gates: Mapping[int, Gate],
+    snapshot: SnapshotRef,
+    *,
+    name: str,
+    step: int,
+    exported: str | None = None,
+    location: str | None = None,
+) -> Description:
+    """What a checkpoint of these gates and that snapshot of a store says about itself."""
+    metadata = _metadata(session)
+    return Description(
+        name=name,
+        snapshot=snapshot,
+        step=step,
+        gates={number: gate.config for number, gate in gates.items()},
+        meaning=metadata.fingerprint_fields(),
+        fingerprint=metadata.fingerprint,
+        exported=exported,
+        location=location,
+    )
+
+
+def _metadata(session: Session) -> StoreMetadata:
+    return StoreMetadata(store_id=session.store_id, recipe=session.recipe, tables=session.tables)
+
+
+def save(directory: Path, gates: Mapping[int, Gate], description: Description) -> None:
     """Write a checkpoint.
 
     Raises: DiskFullError, OSError; an older checkpoint there is still complete then.
     """
     disk = Disk()
     make_directory(directory, disk)
-    config = {
-        "version": _VERSION,
-        "step": step,
-        "store": asdict(snapshot),
-        "gates": {str(number): gate.config.to_json() for number, gate in gates.items()},
-    }
     tensors = {
         f"{number}.{name}": tensor.detach().cpu().contiguous()
         for number, gate in gates.items()
         for name, tensor in gate.state_dict().items()
     }
-    described = json.dumps(config, indent=2, sort_keys=True)
+    described = json.dumps(description.to_json(), indent=2)
     replace_file(directory / DENSE_FILE, serialize(tensors, {_KEY: described}), disk)
     replace_file(directory / CONFIG_FILE, f"{described}\n".encode(), disk)
 
 
-def read(directory: Path, gates: Mapping[int, Gate]) -> Checkpoint:
-    """Read a checkpoint for these gates; nothing is changed.
+def read(directory: Path) -> Checkpoint:
+    """Read a checkpoint.
 
     Raises:
         StoreNotFoundError, ForeignFileError, UnknownVersionError: no usable checkpoint.
-        ConfigError: it was made with other layers or other gates.
-        ShapeError: a tensor has another shape than the gate's.
     """
     path = directory / DENSE_FILE
     config, tensors = _open(path)
@@ -83,25 +194,33 @@ def read(directory: Path, gates: Mapping[int, Gate]) -> Checkpoint:
             raise UnknownVersionError(
                 path, f"has format {config['version']!r:.100}, this engram-store reads {_VERSION}"
             )
-        snapshot, step = _snapshot_of(config["store"]), whole(config["step"], "step")
-        saved = dict(config["gates"].items())
+        description = Description.from_json(config)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UnknownVersionError):
+            raise
         raise ForeignFileError(
             path,
             f"is no checkpoint of save_pretrained(); its description lacks something: {error}",
         ) from error
-    _check_gates(path, saved, gates)
-    states = {number: _state(tensors, number, gate) for number, gate in gates.items()}
-    return Checkpoint(snapshot, step, states)
+    return Checkpoint(path, description, tensors)
 
 
-def _snapshot_of(described: Mapping[str, Any]) -> SnapshotRef:
-    """Raises: KeyError, TypeError, ValueError: not what `save` writes."""
-    snapshot = SnapshotRef(**described)
-    text(snapshot.store_id, "store_id")
-    whole(snapshot.step, "step of the snapshot")
-    text(snapshot.digest, "digest")
-    return snapshot
+def check_meaning(checkpoint: Checkpoint, session: Session) -> None:
+    """Refuse a store whose rows mean something else than those the gates were trained with.
+
+    Raises:
+        FingerprintMismatchError: names every differing field with both values.
+    """
+    # As JSON, because that is what the checkpoint went through.
+    mine = json.loads(json.dumps(_metadata(session).fingerprint_fields()))
+    theirs = checkpoint.description.meaning
+    differences = {
+        field: (mine.get(field), theirs.get(field))
+        for field in sorted(mine.keys() | theirs.keys())
+        if mine.get(field) != theirs.get(field)
+    }
+    if differences:
+        raise FingerprintMismatchError("the checkpoint", differences)
 
 
 def restore_tables(checkpoint: Checkpoint, session: Session) -> None:
@@ -125,14 +244,10 @@ def restore_tables(checkpoint: Checkpoint, session: Session) -> None:
         ) from error
 
 
-def _check_gates(path: Path, saved: Mapping[str, Any], gates: Mapping[int, Gate]) -> None:
-    """Refuse gates that compute something else; how they were initialised does not matter."""
-    ours = {str(number): gate.config for number, gate in gates.items()}
-    theirs = {number: GateConfig.from_json(config) for number, config in saved.items()}
-    if {n: replace(c, identity_init=True) for n, c in ours.items()} != {
-        n: replace(c, identity_init=True) for n, c in theirs.items()
-    }:
-        raise ConfigError(f"{path} was made for {theirs}; the attached gates are {ours}")
+def _arithmetic(config: GateConfig) -> GateConfig:
+    """The same for gates that compute the same: how they started does not matter."""
+    plain = GateConfig(kind=config.kind, hidden_size=1, row_width=1)
+    return replace(config, identity_init=plain.identity_init, init=plain.init)
 
 
 def _open(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,31 +1,29 @@
-"""Runs the gates inside a model's forward pass, by hooks alone.
+"""Runs the memories of a model inside its forward pass, by hooks alone.
 
-A hook on the backbone finds the window of a forward pass: the one of its ticket, or one that is
-announced on the spot. A hook before each decoder layer adds the gate's output to the hidden
-states, so the layer's attention sees it.
+Hooks on the modules that a call goes through see its token ids. A hook on the backbone finds the
+windows of a forward pass: those of its tickets, or such that are announced on the spot. A hook
+before each decoder layer adds what the memories say to the hidden states, so that the layer's
+attention sees it.
 """
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from engram_store.errors import InputError, ProtocolError
-from engram_store.recipes import Recipe
-from engram_store.types import TokenIds
-from engram_store_client.decoding import DecodingState, DecodingStates
-from engram_store_client.gates import ConvCarry, Gate
-from engram_store_client.rows import WindowRows
+from engram_store.errors import ProtocolError
+from engram_store_client.ids import Entries
+from engram_store_client.passes import Reader, Share
 from engram_store_client.structure import Decoder
-from engram_store_client.windows import OpenWindows
 
-TICKET = "engram_window"
-"""Key of a batch that names its window; removed before the model sees it."""
+HOOKED: WeakSet[nn.Module] = WeakSet()
+"""Backbones that have hooks."""
 
+_Hook = TypeVar("_Hook", bound=Callable[..., Any])
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -33,165 +31,144 @@ _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 class _Pass:
     """One forward pass of the backbone."""
 
-    rows: WindowRows
-    mask: Tensor | None
-    """[B, T], 0 where gates stay shut."""
-    decoding: "_Decoding | None" = None
+    shares: list[Share]
     inputs: dict[int, int] = field(default_factory=dict)
     """Address of each layer's hidden states: tells this pass when a layer is run again."""
 
-
-@dataclass(eq=False)
-class _Decoding:
-    """What a forward pass that may be continued leaves behind."""
-
-    state: DecodingState
-    tokens: TokenIds
-    attention_mask: TokenIds | None
-    convolutions: dict[int, ConvCarry] = field(default_factory=dict)
-
-    def carry(self, layer: int) -> ConvCarry:
-        return self.convolutions.setdefault(layer, self.state.carry(layer))
+    def awaits_gradient(self, layer: int) -> bool:
+        return any(share.awaits_gradient(layer) for share in self.shares)
 
 
 class ModelHooks:
-    """The hooks of one attached model.
+    """The hooks of one model, whatever the number of its memories.
+
+    Memories do not see each other: each gets the hidden states as the model computed them, and
+    what they say is added up.
 
     Args:
-        model: what the caller calls; may wrap the language model.
-        decoder: its decoder layers.
-        gates: by layer.
-        windows: where windows come from.
-        recipe: the store's.
+        decoder: the model's decoder layers.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        decoder: Decoder,
-        gates: Mapping[int, Gate],
-        windows: OpenWindows,
-        recipe: Recipe,
-    ) -> None:
-        self._backbone, self._windows, self._recipe = decoder.backbone, windows, recipe
-        self._gates = gates
-        self._decoding = DecodingStates(recipe)
-        self._parameters = list(inspect.signature(decoder.backbone.forward).parameters)
-        self._ticket: int | None = None
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.readers: list[Reader] = []
+        self._entries = Entries()
         self._running: _Pass | None = None
         self._trained: list[_Pass] = []
-        self._handles = self._register(model, decoder)
+        self._hooked: dict[nn.Module, list[RemovableHandle]] = {}
+        self._layers: dict[int, RemovableHandle] = {}
 
-    def remove(self) -> None:
-        """Take every hook off the model."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._running, self._trained = [], None, []
+    def add(self, reader: Reader, entries: tuple[nn.Module, ...]) -> None:
+        """Let a memory take part, from the next forward pass on.
 
-    def _register(self, model: nn.Module, decoder: Decoder) -> list[RemovableHandle]:
-        backbone = decoder.backbone
-        handles = [
-            model.register_forward_pre_hook(self._before_model, with_kwargs=True, prepend=True),
-            backbone.register_forward_pre_hook(self._before_backbone, with_kwargs=True),
-            backbone.register_forward_hook(self._after_backbone, always_call=True),
+        Args:
+            reader: the memory's side.
+            entries: modules by which calls come in; the backbone is one of them.
+        """
+        for module in entries:
+            if module not in self._hooked:
+                self._hooked[module] = self._enter_by(module)
+        for number in reader.gates:
+            if number not in self._layers:
+                layer = self.decoder.layer(number)
+                hook = _eager(self._before_layer(number))
+                self._layers[number] = layer.register_forward_pre_hook(hook, with_kwargs=True)
+        _forget_compiled(entries)
+        self.readers.append(reader)
+        HOOKED.add(self.decoder.backbone)
+
+    def remove(self, reader: Reader) -> None:
+        """Take a memory out; with the last one every hook goes."""
+        if reader in self.readers:
+            self.readers.remove(reader)
+            _forget_compiled(self._hooked)
+        needed = {number for other in self.readers for number in other.gates}
+        for number in self._layers.keys() - needed:
+            self._layers.pop(number).remove()
+        self._running = None
+        for waiting in self._trained:
+            waiting.shares = [share for share in waiting.shares if share.reader is not reader]
+        if not self.readers:
+            for handle in (handle for handles in self._hooked.values() for handle in handles):
+                handle.remove()
+            self._hooked = {}
+            HOOKED.discard(self.decoder.backbone)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Raises: ProtocolError: sessions and windows cannot be copied."""
+        raise ProtocolError(
+            "a model with a memory cannot be copied or pickled: its hooks lead to an open store. "
+            "detach() first, or save the gates with save_pretrained() and the model's state_dict()"
+        )
+
+    def _enter_by(self, module: nn.Module) -> list[RemovableHandle]:
+        """Hooks around a module's call; around the backbone's, those that find the windows too."""
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
+            others = self._entries.enter(module, args, kwargs)
+            if module is self.decoder.backbone:
+                self._begin()
+            return args, others
+
+        def leave(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            if module is self.decoder.backbone:
+                self._end(output)
+            self._entries.leave(module)
+
+        return [
+            module.register_forward_pre_hook(_eager(enter), with_kwargs=True, prepend=True),
+            module.register_forward_hook(_eager(leave), always_call=True),
         ]
-        for number in self._gates:
-            hook = self._before_layer(number)
-            layer = decoder.layer(number)
-            handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-        return handles
 
-    def _before_model(
-        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> _Arguments:
-        """Take the ticket out of a call of the whole model, for the backbone's hook."""
-        self._ticket, kwargs = _split_ticket(kwargs)
-        return args, kwargs
-
-    def _before_backbone(
-        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> _Arguments:
-        own, kwargs = _split_ticket(kwargs)  # where a wrapper around the model was not called
-        ticket, self._ticket = (self._ticket if own is None else own), None
+    def _begin(self) -> None:
+        """The backbone is called."""
         self._running = None  # an earlier pass may have failed on its way
-        self._trained = [done for done in self._trained if not done.rows.closed]
-        self._running = self._begin(
-            ticket, dict(zip(self._parameters, args, strict=False)) | kwargs
-        )
-        if self._running.rows.step is not None:
-            self._trained.append(self._running)
-        return args, kwargs
+        self._trained = [p for p in self._trained if any(not s.rows.closed for s in p.shares)]
+        tickets = self._entries.take_tickets()
+        running = _Pass([])
+        try:
+            for reader in self.readers:
+                if reader.enabled:
+                    training = self.decoder.backbone.training and torch.is_grad_enabled()
+                    call = self._entries.call(tickets)
+                    running.shares.append(reader.begin(call, training=training))
+                else:
+                    reader.turn_away(tickets)
+            for share in running.shares:
+                share.reader.windows.prefetch(share.rows, share.reader.gates)
+        except BaseException:
+            for share in running.shares:
+                share.reader.give_up(share)
+            raise
+        self._running = running
+        if any(share.rows.step is not None for share in running.shares):
+            self._trained.append(running)
 
-    def _begin(self, ticket: int | None, arguments: Mapping[str, Any]) -> _Pass:
-        """Find or announce the window of a forward pass."""
-        ids, cache = arguments.get("input_ids"), arguments.get("past_key_values")
-        if ids is None:
-            raise InputError(
-                "Engram rows are looked up by token id: call the model with input_ids "
-                "(inputs_embeds alone do not tell which rows to read)"
-            )
-        padding = _padding(arguments.get("attention_mask"), ids)
-        mask = self._gate_mask(ids, padding)
-        state = self._decoding.begin(cache, ids.shape[0])
-        training = self._backbone.training and torch.is_grad_enabled()
-        if state.seen and (training or ticket is not None):
-            raise ProtocolError(
-                "a KV cache can only be continued in evaluation, and not by a batch of "
-                "look_ahead(): its window was announced without the tokens before it"
-            )
-        if ticket is not None:
-            return _Pass(self._windows.claim(ticket), mask)
-        tokens, host_padding = host_ids(ids), None if padding is None else host_ids(padding)
-        rows = self._windows.announce(
-            tokens,
-            self._windows.step if training else None,
-            context=state.context,
-            attention_mask=host_padding,
-        )
-        return _Pass(rows, mask, None if training else _Decoding(state, tokens, host_padding))
-
-    def _gate_mask(self, ids: Tensor, padding: Tensor | None) -> Tensor | None:
-        """Where gates are open: not at padding, nor at tokens that hide themselves (images)."""
-        if self._recipe.separator is None or not self._recipe.rules.separator_hides_itself:
-            return padding
-        text = ids != self._recipe.separator
-        return text if padding is None else text & padding.bool()
-
-    def _after_backbone(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+    def _end(self, output: Any) -> None:
+        """The backbone returned, or failed."""
         done, self._running = self._running, None
-        if done is None or done.rows.step is not None:
-            return
-        self._windows.release(done.rows)
-        cache, left = getattr(output, "past_key_values", None), done.decoding
-        if left is not None and cache is not None:
-            self._decoding.finish(
-                left.state, cache, left.tokens, left.attention_mask, left.convolutions
-            )
+        cache = getattr(output, "past_key_values", None)
+        for share in [] if done is None else done.shares:
+            share.reader.end(share, cache)
 
     def _before_layer(self, number: int) -> Callable[..., _Arguments]:
         """The hook of one decoder layer."""
-        gate = self._gates[number]
 
-        def add_residual(
+        def add_residuals(
             _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> _Arguments:
             hidden = args[0] if args else kwargs["hidden_states"]
-            now = self._pass_of(number, hidden)
-            dtype = next(gate.parameters()).dtype
-            rows = self._windows.lookup(now.rows, number, hidden.device, dtype)
-            carry = None if now.decoding is None else now.decoding.carry(number)
-            residual = gate(rows, hidden.to(dtype), mask=now.mask, carry=carry)
-            hidden = hidden + residual.to(hidden.dtype)
-            return (
-                ((hidden, *args[1:]), kwargs)
-                if args
-                else (args, kwargs | {"hidden_states": hidden})
-            )
+            total = hidden
+            for share in self._shares_of(number, hidden):
+                total = total + share.residual(number, hidden)
+            if args:
+                return (total, *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": total}
 
-        return add_residual
+        return add_residuals
 
-    def _pass_of(self, layer: int, hidden: Tensor) -> _Pass:
-        """The forward pass that a layer belongs to.
+    def _shares_of(self, layer: int, hidden: Tensor) -> list[Share]:
+        """The memories that say something before a layer, in the forward pass it belongs to.
 
         Outside of the backbone's forward pass the layer is run again by gradient checkpointing.
         Its input is then still the tensor of the first run, which checkpointing keeps alive: no
@@ -200,34 +177,37 @@ class ModelHooks:
         address = hidden.untyped_storage().data_ptr()
         if self._running is not None:
             self._running.inputs[layer] = address
-            return self._running
-        waiting = [p for p in self._trained if p.rows.awaits_gradient(layer)]
+            return _speaking(self._running, layer)
+        waiting = [p for p in self._trained if p.awaits_gradient(layer)]
         for candidate in reversed(waiting):
             if candidate.inputs.get(layer) == address:
-                return candidate
+                return _speaking(candidate, layer)
         if len(waiting) == 1:
-            return waiting[0]
+            return _speaking(waiting[0], layer)
+        if not any(reader.enabled and layer in reader.gates for reader in self.readers):
+            return []
         raise ProtocolError(
             f"decoder layer {layer} ran outside of the model's forward pass, and it is not clear "
             "for which of the open windows; run backward() of a micro-batch before the next forward"
         )
 
 
-def host_ids(ids: Any) -> TokenIds:
-    """Token ids or a mask [batch, time] as int64 numpy; waits for the device they are on."""
-    array: TokenIds = torch.as_tensor(ids).detach().cpu().to(torch.int64).numpy()
-    return array
+def _speaking(running: _Pass, layer: int) -> list[Share]:
+    return [share for share in running.shares if layer in share.reader.gates]
 
 
-def _split_ticket(kwargs: dict[str, Any]) -> tuple[int | None, dict[str, Any]]:
-    """The ticket among a call's arguments, and the others."""
-    ticket = kwargs.get(TICKET)
-    others = {name: value for name, value in kwargs.items() if name != TICKET}
-    return None if ticket is None else int(ticket), others
+def _eager(hook: _Hook) -> _Hook:
+    """Let torch.compile step around a hook: what it does is not for a graph."""
+    outside: _Hook = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return outside
 
 
-def _padding(attention_mask: Any, ids: Tensor) -> Tensor | None:
-    """The part of a [batch, seen + time] attention mask that belongs to `ids` [batch, time]."""
-    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
-        return None
-    return attention_mask[:, -ids.shape[1] :]
+def _forget_compiled(entries: Iterable[nn.Module]) -> None:
+    """Let torch.compile look at the model again: it does not notice hooks that come or go."""
+    modules = {module for entry in entries for module in entry.modules()}
+    if any(
+        type(module).__name__ == "OptimizedModule"
+        or getattr(module, "_compiled_call_impl", None) is not None
+        for module in modules
+    ):
+        torch.compiler.reset()

@@ -1,55 +1,95 @@
-"""A model's memory: what a training loop calls between the forward passes."""
+"""A model's memory: how it is part of the model, what of that is trained, and checkpoints.
 
-import copy
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+What a training loop calls is in `loop`.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from engram_store.errors import InputError, ProtocolError
-from engram_store.session import Applied, Session
+from engram_store.errors import ProtocolError
+from engram_store.session import Session
 from engram_store_client import checkpoint
+from engram_store_client.adapters import SUBMODULE, MemoryModules
 from engram_store_client.gates import Gate, GateConfig
-from engram_store_client.hooks import TICKET, ModelHooks, host_ids
-from engram_store_client.structure import Decoder
-from engram_store_client.windows import Guards, OpenWindows, checked_accumulation
+from engram_store_client.ids import TICKET
+from engram_store_client.loop import TrainingLoop
+from engram_store_client.parameters import (
+    Mode,
+    ParameterCounts,
+    checked_mode,
+    count_parameters,
+    parameter_groups,
+)
+from engram_store_client.passes import Reader
+from engram_store_client.saving import Tables, save_memory
+from engram_store_client.windows import OpenWindows
 
-SUBMODULE = "engram_memory"
-"""Under this name the gates are a submodule of the attached model."""
+if TYPE_CHECKING:
+    from engram_store_client.trainer import EngramCallback, EngramCollator
+
+__all__ = ["SUBMODULE", "TICKET", "Memory"]
 
 
-class Memory:
+class Memory(TrainingLoop):
     """The gates of an attached model and the tables behind them. Made by `attach`.
 
     Args:
-        model: what the caller trains; gets the gates as submodule `engram_memory`.
-        decoder: its decoder layers.
+        name: among the memories of its model.
+        model: what the caller trains.
         session: the store.
         gates: by layer.
+        modules: what it shares with other memories of the model.
         zero_table: see `attach`.
     """
 
     def __init__(
         self,
+        name: str,
         model: nn.Module,
-        decoder: Decoder,
         session: Session,
         gates: Mapping[int, Gate],
+        modules: MemoryModules,
         *,
         zero_table: bool = False,
     ) -> None:
-        self.model, self.session = model, session
+        self.name, self.model, self.session = name, model, session
+        self.owns_session = False
+        """Whether `detach` closes the session: `from_pretrained` opened it."""
         self._gates = dict(gates)
-        self._windows = OpenWindows(session, zero_table=zero_table)
-        self._frozen: list[nn.Parameter] = []
-        self._attached = True
+        windows = OpenWindows(session, zero_table=zero_table)
+        reader = Reader(name, self._gates, windows, session.recipe, self._before_pass)
+        super().__init__(reader, windows)
+        self._modules, self._mode = modules, Mode.PRESERVE_TRAINABLE
+        self._attached = False
+        self._seen_parameters = 0
         self.gates = nn.ModuleDict({str(number): gate for number, gate in gates.items()})
         """The dense part, by layer number as text."""
-        model.add_module(SUBMODULE, self.gates)
-        self._hooks = ModelHooks(model, decoder, self._gates, self._windows, session.recipe)
+
+    def install(self, entries: tuple[nn.Module, ...], mode: Mode) -> None:
+        """Become part of the model: the last step of `attach`.
+
+        Args:
+            entries: see `ModelHooks.add`.
+            mode: see `attach`.
+
+        Raises:
+            ConfigError: as for `set_mode`; the model is as it was.
+        """
+        self._mode, self._attached = mode, True
+        try:
+            self._modules.add_memory(self, entries)
+            # Beside another memory, 'preserve_trainable' keeps what that one has made of the flags.
+            if mode is not Mode.PRESERVE_TRAINABLE:
+                self._modules.flags.apply(mode, self._modules.own_parameters(self.model))
+        except BaseException:
+            self.detach()
+            raise
+        self._seen_parameters = self._count_parameters()
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -61,215 +101,173 @@ class Memory:
         """What the gates are, by layer."""
         return {number: gate.config for number, gate in self._gates.items()}
 
-    @property
-    def zero_table(self) -> bool:
-        """Whether this is the control arm: zeros instead of rows, tables untouched."""
-        return self._windows.zero_table
+    def gate(self, layer: int) -> Gate:
+        """One layer's gate. Raises: KeyError."""
+        return self._gates[layer]
 
     @property
-    def step(self) -> int:
-        """Number of the next step to commit."""
-        return self._windows.step
+    def enabled(self) -> bool:
+        """Whether it speaks: else it neither announces windows nor reads rows.
 
-    def look_ahead(
-        self,
-        loader: Iterable[MutableMapping[str, Any]],
-        depth: int = 2,
-        *,
-        accumulate: int = 1,
-        train: bool = True,
-    ) -> Iterator[MutableMapping[str, Any]]:
-        """Iterate over batches while the store already fetches the next ones.
+        Set it between forward passes. Its windows that a batch brings meanwhile are given back.
+        """
+        return self.reader.enabled
 
-        Args:
-            loader: batches with `input_ids` [batch, time], and `attention_mask` if they have one.
-            depth: batches announced ahead of the one handed out.
-            accumulate: micro-batches of one step.
-            train: False for an evaluation loop: windows are only read.
+    @enabled.setter
+    def enabled(self, enabled: bool) -> None:
+        self.reader.enabled = bool(enabled)
 
-        Yields:
-            Copies of the batches with one more entry, which the attached model removes.
+    @property
+    def scale(self) -> float:
+        """Factor on what it adds to the hidden states, 1 unless set; gradients have it too."""
+        return self.reader.scale
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        self.reader.scale = float(scale)
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Let the model compute without it for a while."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    # ------------------------------------------------------------------ what is trained
+
+    @property
+    def mode(self) -> Mode:
+        """What of the model is trained beside gates and tables; see `attach`."""
+        return self._mode
+
+    def set_mode(self, mode: Mode | str) -> None:
+        """Train something else of the model from now on; see `attach`.
 
         Raises:
-            ConfigError: `depth` or `accumulate` makes no sense.
-            InputError: a batch has no `input_ids`.
+            ConfigError: no such mode, or 'full' and the model is quantised; nothing changed.
         """
-        checked_accumulation(accumulate, depth)
-        return self._look_ahead(loader, depth, accumulate, train=train)
+        self._check_attached()
+        chosen = checked_mode(mode)
+        self.train_gates()
+        self._modules.flags.apply(chosen, self._modules.own_parameters(self.model))
+        self._mode = chosen
 
-    def _look_ahead(
-        self,
-        loader: Iterable[MutableMapping[str, Any]],
-        depth: int,
-        accumulate: int,
-        *,
-        train: bool,
-    ) -> Iterator[MutableMapping[str, Any]]:
-        first, tickets = self.step, list[int]()
-        ahead = deque[MutableMapping[str, Any]]()
-        try:
-            for index, batch in enumerate(loader):
-                step = first + index // accumulate if train else None
-                ahead.append(self._announced(batch, step))
-                tickets = [*tickets[-depth - 1 :], ahead[-1][TICKET]]
-                if len(ahead) > depth:
-                    yield ahead.popleft()
-            while ahead:
-                yield ahead.popleft()
-        except BaseException:
-            # The loader failed, or the loop was left early (GeneratorExit). Windows that no
-            # forward pass has used, that of the batch handed out last among them, would be
-            # missed by the next commit.
-            self._windows.abandon(tickets)
-            raise
+    def train_gates(self) -> bool:
+        """Make the gates trainable again if an adapter library froze them.
 
-    def _announced(
-        self, batch: MutableMapping[str, Any], step: int | None
-    ) -> MutableMapping[str, Any]:
-        """A copy of the batch with the ticket of its window."""
-        if "input_ids" not in batch:
-            raise InputError(f"a batch needs input_ids to look up rows; it has {sorted(batch)}")
-        mask = batch.get("attention_mask")
-        ticket = self._windows.announce_ahead(
-            host_ids(batch["input_ids"]),
-            step,
-            attention_mask=None if mask is None else host_ids(mask),
-        )
-        batch = copy.copy(batch)
-        batch[TICKET] = ticket
-        return batch
-
-    def clip_grad_norm_(
-        self,
-        parameters: Iterable[Tensor] | Tensor,
-        max_norm: float,
-        *,
-        gradient_scale: float = 1.0,
-    ) -> Tensor:
-        """Clip by the global norm of dense and table gradients together, by one coefficient.
-
-        Call it after the last backward pass of a step. Dense gradients are scaled here; those
-        of the tables in the following `commit`.
-
-        Args:
-            parameters: as for `torch.nn.utils.clip_grad_norm_`.
-            max_norm: as there.
-            gradient_scale: what `commit` is going to get, so that table gradients count with
-                the size they are applied with.
+        `peft.get_peft_model` freezes every parameter that it does not know. This is called by
+        whatever here comes before an optimiser is made (`parameter_groups`, `callback`,
+        `print_trainable_parameters`), and by a training forward pass, which warns.
 
         Returns:
-            The norm before clipping.
-
-        Raises: what `Window.push` raises, and a commit that is under way, which it waits for.
+            Whether it changed something.
         """
-        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        self._windows.push()
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        dense = torch.nn.utils.get_total_norm(gradients)
-        tables = self._windows.gradient_norm() * gradient_scale
-        total = torch.hypot(dense, torch.full_like(dense, tables))
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
-        # The expression that torch applied to the dense part. It keeps NaN, which commit refuses.
-        self._windows.clip_scale = float(torch.clamp(max_norm / (total + 1e-6), max=1.0))
-        return total
-
-    @overload
-    def commit(
-        self,
-        step: int,
-        lr: float | Mapping[int, float],
-        *,
-        gradient_scale: float = 1.0,
-        eps: float | None = None,
-        betas: tuple[float, float] = (0.9, 0.999),
-        wait: Literal[True] = True,
-    ) -> Applied: ...
-
-    @overload
-    def commit(
-        self,
-        step: int,
-        lr: float | Mapping[int, float],
-        *,
-        gradient_scale: float = 1.0,
-        eps: float | None = None,
-        betas: tuple[float, float] = (0.9, 0.999),
-        wait: bool,
-    ) -> Applied | None: ...
-
-    def commit(
-        self,
-        step: int,
-        lr: float | Mapping[int, float],
-        *,
-        gradient_scale: float = 1.0,
-        eps: float | None = None,
-        betas: tuple[float, float] = (0.9, 0.999),
-        wait: bool = True,
-    ) -> Applied | None:
-        """Hand over the step's gradients and apply them to the tables.
-
-        Other arguments and errors as for `Session.commit`. Clipping of this step is applied on top
-        of `gradient_scale`. The control arm counts the step and changes nothing.
-
-        Args:
-            wait: False: begin, and return None at once (`Session.begin_commit`). The next forward
-                pass waits only for rows that it looks up; results are the same bits. If the commit
-                fails, the next call that needs the store raises why, once, whatever it was asked;
-                the step can then be committed again, and a forward pass of the one after it has
-                to be run again, without its ticket of `look_ahead`. See `finish_commit`.
-
-        Warns: RuntimeWarning, once, when the first two steps gave the tables only zeros.
-        """
-        return self._windows.commit(
-            step, lr, gradient_scale=gradient_scale, eps=eps, betas=betas, wait=wait
-        )
-
-    def finish_commit(self) -> Applied | None:
-        """Wait for a commit that was begun with `wait=False`; call it after the last step.
-
-        Returns:
-            What it did; None: none was under way, or it was waited for already.
-
-        Raises: what it raised, unless that was raised before.
-        """
-        return self._windows.finish_commit()
-
-    def skip(self, step: int) -> Applied:
-        """Commit a step without changing a row, whatever gradients it has.
-
-        For steps that the dense optimiser skips too, such as an overflow of the loss scale.
-        """
-        return self._windows.skip(step)
-
-    def guards(self) -> Guards:
-        """Counters that show whether tables are being trained."""
-        return self._windows.guards()
-
-    def freeze_base(self) -> None:
-        """Train only gates and tables: the model's own parameters get no gradient."""
-        own = {id(parameter) for gate in self._gates.values() for parameter in gate.parameters()}
-        for parameter in self.model.parameters():
-            if parameter.requires_grad and id(parameter) not in own:
-                parameter.requires_grad_(False)
-                self._frozen.append(parameter)
-
-    def unfreeze_base(self) -> None:
-        """Undo `freeze_base`: parameters that were frozen before it stay so."""
-        for parameter in self._frozen:
+        parameters = list(self.gates.parameters())
+        if any(parameter.requires_grad for parameter in parameters):
+            return False
+        seen, self._seen_parameters = self._seen_parameters, self._count_parameters()
+        if self._seen_parameters <= seen:
+            return False  # nobody added parameters: the user froze the gates, and means it
+        for parameter in parameters:
             parameter.requires_grad_(True)
-        self._frozen = []
+        # That library has set the flags of the model too.
+        self._modules.flags.forget()
+        return True
 
-    def save_pretrained(self, directory: Path | str) -> None:
+    def _count_parameters(self) -> int:
+        """How many the model has beside gates."""
+        return sum(1 for _ in self._modules.own_parameters(self.model))
+
+    def _before_pass(self) -> None:
+        """Before each training forward pass."""
+        if next(self.gates.parameters()).requires_grad or not self.train_gates():
+            return
+        warnings.warn(
+            f"the gates of memory {self.name!r} were frozen after attach(), as peft does with what "
+            "it does not know; they are trained again. An optimiser made meanwhile from parameters "
+            "that require a gradient lacks them: make it from memory.parameter_groups(), or attach "
+            "after get_peft_model()",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def parameter_groups(
+        self, lr: float, weight_decay: float = 0.0, *, gate_lr_factor: float = 1.0
+    ) -> list[dict[str, Any]]:
+        """Everything dense that is trained, as groups for an optimiser of torch.
+
+        The model's own trainable parameters and the gates of all its memories; each is in one
+        group. Norms, biases and convolutions do not decay. Tables are not among them: `commit`
+        has their rate, `TABLE_LR_FACTOR` times `lr` in the paper, and they do not decay.
+
+        Args:
+            lr: learning rate of the model's own parameters.
+            weight_decay: of what decays.
+            gate_lr_factor: learning rate of gates, as a multiple of `lr`.
+        """
+        self._check_attached()
+        for memory in self._modules.memories.values():
+            memory.train_gates()
+        return parameter_groups(
+            self.model,
+            [self._modules],
+            lr=lr,
+            weight_decay=weight_decay,
+            gate_lr_factor=gate_lr_factor,
+        )
+
+    def count_parameters(self) -> ParameterCounts:
+        """How many parameters there are and are trained: gates, adapters, base, tables."""
+        self._check_attached()
+        self.train_gates()
+        tables = {number: self.session.tables[number] for number in self.layers}
+        return count_parameters(
+            self.model, self._gates.values(), tables, tables_trained=not self.zero_table
+        )
+
+    def print_trainable_parameters(self) -> None:
+        """Print `count_parameters` as peft does."""
+        print(self.count_parameters())  # noqa: T201 - what it is for, as in peft
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def save_pretrained(
+        self,
+        directory: Path | str,
+        *,
+        tables: Tables = "reference",
+        store_directory: Path | str | None = None,
+    ) -> None:
         """Take a snapshot of the store and write the gates beside a reference to it.
 
+        Writes `engram_dense.safetensors`, `engram_config.json` for people, and a README.md unless
+        there is one of somebody else. `from_pretrained` and `load` read it.
+
+        Args:
+            directory: of this memory alone.
+            tables: 'reference': the store stays where it is, and must keep the snapshot.
+                'export': the snapshot is put into the directory too, as a store of its own; data
+                files are hard links where the file system allows.
+            store_directory: for 'export' from a store process: where this machine sees the
+                directory of its store.
+
         Raises: what `Session.snapshot` raises, or a commit that is under way; DiskFullError,
-        OSError. An older checkpoint in the directory is complete until the new one is.
+        OSError. ConfigError: the directory has another memory's checkpoint, or the tables cannot
+        be exported from here. An older checkpoint in the directory is complete until the new one
+        is.
         """
         self._check_attached()
         self.finish_commit()
-        snapshot = self.session.snapshot()
-        checkpoint.save(Path(directory), self._gates, snapshot, step=self.step)
+        save_memory(self, Path(directory), tables=tables, store_directory=store_directory)
+
+    def push_to_hub(self, repo_id: str, *, tables: Tables = "reference", **options: Any) -> str:
+        """Publish what `save_pretrained` writes; see `hub.push_to_hub`."""
+        from engram_store_client.hub import push_to_hub
+
+        self._check_attached()
+        return push_to_hub(self, repo_id, tables=tables, **options)
 
     def load(self, directory: Path | str) -> None:
         """Go back to a checkpoint: gates, step, and the tables unless this is the control arm.
@@ -283,28 +281,53 @@ class Memory:
         """
         self._check_attached()
         self.finish_commit()
-        loaded = checkpoint.read(Path(directory), self._gates)
+        loaded = checkpoint.read(Path(directory))
+        states = loaded.states_for(self._gates)
         if not self.zero_table:
+            self._windows.settle()  # the store takes its windows' memory back
             checkpoint.restore_tables(loaded, self.session)
         self._windows.restart_at(loaded.step)
         for number, gate in self._gates.items():
-            gate.load_state_dict(loaded.states[number])
+            gate.load_state_dict(states[number])
+
+    def collator(self, tokenizer_or_collator: Any, **options: Any) -> "EngramCollator":
+        """A collator that announces each batch that it makes; see `trainer.EngramCollator`."""
+        from engram_store_client.trainer import EngramCollator
+
+        return EngramCollator(self, tokenizer_or_collator, **options)
+
+    def callback(self, **options: Any) -> "EngramCallback":
+        """A Trainer callback that commits, logs and saves; see `trainer.EngramCallback`."""
+        from engram_store_client.trainer import EngramCallback
+
+        self.train_gates()  # before Trainer makes its optimiser
+        return EngramCallback(self, **options)
 
     def detach(self) -> None:
-        """Make the model what it was before `attach`; the session stays open.
+        """Take the memory out of the model; the session stays open.
 
+        It is closed if `from_pretrained` opened it. The last memory that goes leaves the model as
+        it was before the first was attached: modules, hooks, and which parameters are trained.
         Detaching twice is fine.
 
         Raises: what a commit under way raised; the memory is detached all the same.
         """
         if not self._attached:
             return
+        self.train_gates()  # tells whether flags were set by somebody else since
         self._attached = False
-        self._hooks.remove()
-        self.unfreeze_base()
-        delattr(self.model, SUBMODULE)
-        self._windows.close_all()
+        self._modules.remove_memory(self)
+        self.reader.forget_next()
+        try:
+            self._windows.close_all()
+        finally:
+            if self.owns_session:
+                self.session.close()
 
     def _check_attached(self) -> None:
         if not self._attached:
             raise ProtocolError("the memory was detached from its model; attach again")
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """See `ModelHooks`."""
+        self._modules.hooks.__reduce_ex__(protocol)

@@ -1,25 +1,31 @@
 """The rows of one window as tensors: out of the store, and their gradients back into it."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from engram_store.errors import EngramStoreError, ProtocolError
 from engram_store.session import Window
 from engram_store.types import GradientBlock, Inverse, RowBlock, RowDtype, TableSpec
+from engram_store_client.devices.arrays import (
+    gradient_array,
+    pushed_dtype,
+    row_tensor,
+    shared_tensor,
+)
+from engram_store_client.devices.copies import Copies
+from engram_store_client.devices.path import DevicePath, Download, Upload
+from engram_store_client.devices.streams import Event
 
 
 def to_device(
     block: RowBlock, inverse: Inverse, *, rows: RowDtype, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Bring one layer's rows to where the model computes.
+    """Bring one layer's rows to where the model computes, on the current stream.
 
-    The only place where rows change devices. It copies on the current stream.
+    For devices without side streams: a CPU, where nothing is copied that need not be.
 
     Args:
         block: unique rows [n, dim] in storage dtype.
@@ -31,32 +37,12 @@ def to_device(
     Returns:
         Rows as `dtype` [n, dim], which may share memory with `block`, and the inverse.
     """
-    if rows is RowDtype.BFLOAT16:
-        host = _tensor(block.view(np.int16)).view(torch.bfloat16)
-    else:
-        host = _tensor(block)
+    host = row_tensor(block, rows)
     # Rows cross to the device in storage dtype and are widened there.
     there = host.to(device).to(dtype)
     if there is host and not block.flags.writeable:
         there = host.clone()
-    return there, _tensor(inverse).to(device)
-
-
-class _Writable:
-    """Shows a read-only array as a writable one: torch knows no read-only tensors.
-
-    Whoever writes to it all the same is stopped by the memory itself, where that is read-only.
-    """
-
-    def __init__(self, array: NDArray[Any]) -> None:
-        self._array = array
-        address, _ = array.__array_interface__["data"]
-        self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
-
-
-def _tensor(array: NDArray[Any]) -> Tensor:
-    """Share an array's memory, which must not be written to if it is read-only."""
-    return torch.from_numpy(array if array.flags.writeable else np.asarray(_Writable(array)))
+    return there, shared_tensor(inverse).to(device)
 
 
 def gradient_block(gradient: Tensor) -> GradientBlock:
@@ -64,10 +50,34 @@ def gradient_block(gradient: Tensor) -> GradientBlock:
 
     Memory is shared with `gradient` where that is possible.
     """
-    if gradient.dtype == torch.bfloat16:
-        bits = gradient.detach().cpu().contiguous().view(torch.int16)
-        return bits.numpy().view(np.uint16)
-    return gradient.detach().to("cpu", torch.float32).contiguous().numpy()
+    host = gradient.detach().to("cpu", pushed_dtype(gradient.dtype))
+    return gradient_array(host.contiguous())
+
+
+class _Sender:
+    """Copies the gradient of one leaf to the host while the backward pass goes on.
+
+    Args:
+        window, layer: whose gradient.
+        path: of the leaf's device.
+        copies: knows whether the window's own memory may be used.
+    """
+
+    def __init__(self, window: Window, layer: int, path: DevicePath, copies: Copies) -> None:
+        self._window, self._layer = window, layer
+        self._path, self._copies = path, copies
+        self._room: Tensor | None = None
+        self.download: Download | None = None
+
+    def send(self, gradient: Tensor) -> None:
+        """Copy what the gradient is by now; a later copy takes the place of an earlier one."""
+        if self._room is None:
+            self._room = self._path.room(
+                self._window, self._layer, gradient, provisional=self._copies.provisional
+            )
+        # Without pinned memory a copy would hold the backward pass up: it is made by the push.
+        if self._room is not None:
+            self.download = self._path.download(gradient, self._room)
 
 
 class _Backward:
@@ -76,8 +86,9 @@ class _Backward:
     It must not know the leaf: a tensor whose hook leads back to the tensor is never freed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sender: _Sender | None = None) -> None:
         self.calls = 0
+        self.sender = sender
         self.pushed: GradientBlock | None = None
         """Kept because the store may read it until the commit."""
 
@@ -90,14 +101,23 @@ class _Backward:
                 "a backward pass reached rows whose gradient the store already has; call "
                 "backward() before clip_grad_norm_() and commit()"
             )
+        if self.sender is not None and rows.grad is not None:
+            self.sender.send(rows.grad)
+
+    @property
+    def download(self) -> Download | None:
+        """The gradient on its way to the host, if it is."""
+        return None if self.sender is None else self.sender.download
 
 
 class _Leaf:
     """Unique rows [n, dim] of one layer, the end of the autograd graph."""
 
-    def __init__(self, rows: Tensor, inverse: Tensor, *, trains: bool) -> None:
+    def __init__(
+        self, rows: Tensor, inverse: Tensor, *, trains: bool, sender: _Sender | None = None
+    ) -> None:
         self.rows, self.inverse = rows.detach().requires_grad_(trains), inverse
-        self.backward = _Backward()
+        self.backward = _Backward(sender)
         if trains:
             self.rows.register_post_accumulate_grad_hook(self.backward)  # type: ignore[no-untyped-call]
 
@@ -113,6 +133,7 @@ class WindowRows:
         tables: by layer.
         step: whose commit takes the gradients; None: nothing is trained.
         zero_table: use zeros instead of the rows, and never push.
+        copies: the way to GPUs; None: there are none.
     """
 
     def __init__(
@@ -122,10 +143,14 @@ class WindowRows:
         *,
         step: int | None,
         zero_table: bool = False,
+        copies: Copies | None = None,
     ) -> None:
         self.step, self.closed = step, False
         self._window, self._tables, self._zero = window, tables, zero_table
+        self._copies = copies
         self._leaves: dict[int, _Leaf] = {}
+        self._uploads: dict[int, tuple[DevicePath, Upload]] = {}
+        """Rows on GPUs, or on their way there."""
 
     @property
     def backward_calls(self) -> int:
@@ -136,6 +161,17 @@ class WindowRows:
     def used(self) -> bool:
         """Whether a forward pass has looked at it."""
         return bool(self._leaves)
+
+    def prefetch(self, layer: int, device: torch.device) -> None:
+        """Begin to copy a layer's rows to its GPU, if the store has them; waits for nothing.
+
+        Raises: what `Window.rows` raises.
+        """
+        path = None if self._copies is None else self._copies.path(device)
+        if path is None or layer in self._uploads or self.closed:
+            return
+        if self._window.ready(layer):
+            self._uploads[layer] = path, self._upload(layer, path)
 
     def lookup(self, layer: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Rows of all heads side by side: `dtype` [batch, time, heads * dim].
@@ -148,12 +184,25 @@ class WindowRows:
         return F.embedding(leaf.inverse, leaf.rows).flatten(-2)
 
     def _open(self, layer: int, device: torch.device, dtype: torch.dtype) -> _Leaf:
-        block, inverse = self._window.rows(layer)
-        spec = self._tables[layer]
-        rows, places = to_device(block, inverse, rows=spec.dtype, device=device, dtype=dtype)
+        path = None if self._copies is None else self._copies.path(device)
+        sender: _Sender | None = None
+        if path is None or self._copies is None:
+            block, inverse = self._window.rows(layer)
+            spec = self._tables[layer]
+            rows, places = to_device(block, inverse, rows=spec.dtype, device=device, dtype=dtype)
+        else:
+            if layer not in self._uploads:
+                self._uploads[layer] = path, self._upload(layer, path)
+            path, upload = self._uploads[layer]
+            rows, places = path.use(upload, dtype)
+            sender = _Sender(self._window, layer, path, self._copies)
         if self._zero:
             return _Leaf(torch.zeros_like(rows), places, trains=False)
-        return _Leaf(rows, places, trains=self.step is not None)
+        return _Leaf(rows, places, trains=self.step is not None, sender=sender)
+
+    def _upload(self, layer: int, path: DevicePath) -> Upload:
+        block, inverse = self._window.rows(layer)
+        return path.upload(layer, block, inverse, self._tables[layer].dtype)
 
     def awaits_gradient(self, layer: int) -> bool:
         """Whether the layer was run and no backward pass came back yet."""
@@ -173,16 +222,52 @@ class WindowRows:
 
         Raises: what `Window.push` raises; that layer's gradient stays here then.
         """
-        for layer, leaf in self._leaves.items():
+        # The backward pass came to the last layer first: its copy is done first, too.
+        for layer, leaf in reversed(self._leaves.items()):
             if leaf.rows.grad is None:
                 continue
-            block = gradient_block(leaf.rows.grad)
+            block = self._block(layer, leaf)
             self._window.push(layer, block)
             leaf.backward.pushed, leaf.rows.grad = block, None
             yield block
 
+    def _block(self, layer: int, leaf: _Leaf) -> GradientBlock:
+        """A leaf's gradient on the host; waits for its copy, and for nothing else."""
+        assert leaf.rows.grad is not None
+        download = leaf.backward.download
+        if download is None or self._copies is None:
+            if layer in self._uploads:
+                self._uploads[layer][0].count_pageable()
+            return gradient_block(leaf.rows.grad)
+        self._copies.wait(download.event)
+        return download.block
+
+    def settle(self) -> None:
+        """Wait until no copy reads or writes the window's memory."""
+        if self._copies is not None:
+            for event in self._copying():
+                self._copies.wait(event)
+
+    def _copying(self) -> Iterator[Event]:
+        for _, upload in self._uploads.values():
+            yield upload.event
+        for leaf in self._leaves.values():
+            if leaf.backward.download is not None:
+                yield leaf.backward.download.event
+
     def close(self) -> None:
-        """Give the rows back. Closing twice is fine."""
-        self.closed = True
+        """Give the rows back, once no copy reads them. Closing twice is fine.
+
+        A window that is trained is given back before this returns: the store counts it. Of others
+        the memory may follow later (`Copies.poll`).
+        """
+        copying, uploads = list(self._copying()), self._uploads
+        self.closed, self._uploads = True, {}
         self._leaves.clear()
-        self._window.close()
+        for path, upload in uploads.values():
+            path.end(upload)
+        if self._copies is None:
+            self._window.close()
+            return
+        trained = self.step is not None and not self._zero
+        self._copies.release(self._window.close, copying, wait=trained)

@@ -8,6 +8,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 import engram_store
 from engram_store.errors import ConfigError, ProtocolError, StoreUnreachableError
 from engram_store.session import Session
+from engram_store_client.devices.host_memory import HostMemory, assign
 
 _ALLOWED = (
     "give a directory (a path or a file: URL of this machine), unix:///path/of/socket, or "
@@ -55,8 +56,18 @@ def connect(
     target = process_address(url)
     check_tls_options(files, tls_server_name, url, reached=target)
     if target is None:
-        return engram_store.open(local_path(url), mode, **options)
+        return _open_directory(url, mode, **options)
     return _connect_to_process(target, mode, files, tls_server_name, **options)
+
+
+def _open_directory(url: str | Path, mode: Literal["train", "read"], **options: Any) -> Session:
+    """A store in this process, whose buffers a GPU can copy from; see `engram_store.open`."""
+    if options.get("allocate") is not None:
+        return engram_store.open(local_path(url), mode, **options)
+    memory = HostMemory()
+    store = engram_store.open(local_path(url), mode, **{**options, "allocate": memory.allocate})
+    assign(store, memory)
+    return store
 
 
 def check_tls_options(

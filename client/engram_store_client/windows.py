@@ -2,13 +2,15 @@
 
 import contextlib
 import itertools
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engram_store.errors import (
     ConfigError,
@@ -19,6 +21,7 @@ from engram_store.errors import (
 )
 from engram_store.session import Applied, Session
 from engram_store.types import TokenIds
+from engram_store_client.devices.copies import Copies, Transfers
 from engram_store_client.rows import WindowRows
 
 
@@ -53,6 +56,18 @@ class _Begun:
     clip_scale: float
 
 
+class Predicted(Protocol):
+    """Who announced windows for steps that were guessed: `trainer.Arrivals`."""
+
+    def claimed(self, ticket: int, step: int | None) -> None:
+        """A pass of a step (None: one that only reads) is about to claim a ticket."""
+        ...
+
+    def end_step(self, step: int) -> None:
+        """All passes of a step are done: close what else was announced for it."""
+        ...
+
+
 class OpenWindows:
     """Announces windows, remembers them by ticket, and hands their gradients over.
 
@@ -70,8 +85,15 @@ class OpenWindows:
         self._control_step = session.step
         self._numbers = itertools.count(1)
         self._begun: _Begun | None = None
+        self._copies = Copies(session)
+        self._process = os.getpid()
         self.clip_scale = 1.0
         """Factor on the pending step's gradients."""
+        self.arrivals: Predicted | None = None
+        self.announced_again = 0
+        """Tickets whose window was not what their forward pass needed, so that it was announced
+        on the spot: each costs the look-ahead of one window."""
+        self._shapes: dict[int, tuple[int, ...]] = {}
         self._ahead: dict[int, WindowRows] = {}
         self._training: list[WindowRows] = []
         self._steps = 0
@@ -87,6 +109,14 @@ class OpenWindows:
         """Number of the next step to commit."""
         return self._control_step if self._zero_table else self._session.step
 
+    def _check_process(self) -> None:
+        """Raises: ProtocolError: this is a forked child."""
+        if os.getpid() != self._process:
+            raise ProtocolError(
+                f"the model was attached in process {self._process}; its memory does not survive a "
+                "fork. Announce and train there, and let data loader workers only make batches"
+            )
+
     def restart_at(self, step: int) -> None:
         """Close everything; the control arm goes on from `step`."""
         self.close_all()
@@ -101,6 +131,8 @@ class OpenWindows:
         attention_mask: TokenIds | None = None,
     ) -> WindowRows:
         """See `Session.announce`; step of None: only read."""
+        self._check_process()
+        self._copies.poll()
         self._end_commit()
         window = self._session.announce(
             tokens,
@@ -108,37 +140,74 @@ class OpenWindows:
             context=context,
             attention_mask=attention_mask,
         )
-        rows = WindowRows(window, self._session.tables, step=step, zero_table=self._zero_table)
+        rows = WindowRows(
+            window,
+            self._session.tables,
+            step=step,
+            zero_table=self._zero_table,
+            copies=self._copies,
+        )
         if step is not None:
             self._training.append(rows)
         return rows
 
+    def reserve_ticket(self) -> int:
+        """A ticket to announce a window under later; may be called on any thread."""
+        return next(self._numbers)
+
     def announce_ahead(
-        self, tokens: TokenIds, step: int | None, *, attention_mask: TokenIds | None = None
+        self,
+        tokens: TokenIds,
+        step: int | None,
+        *,
+        attention_mask: TokenIds | None = None,
+        ticket: int | None = None,
     ) -> int:
         """Announce a window that a later forward pass claims by the returned ticket."""
-        ticket = next(self._numbers)
+        ticket = self.reserve_ticket() if ticket is None else ticket
         self._ahead[ticket] = self.announce(tokens, step, attention_mask=attention_mask)
+        self._shapes[ticket] = tokens.shape
         return ticket
 
-    def claim(self, ticket: int) -> WindowRows:
+    def claim(self, ticket: int, *, training: bool, shape: tuple[int, ...]) -> WindowRows | None:
         """The window of a ticket; it may be claimed again until it is closed.
 
-        Raises:
-            ProtocolError: no such window is open.
+        A ticket only says which window was announced early. Where that is not what the forward
+        pass needs, it is closed if nobody uses it, and the pass announces its own.
+
+        Args:
+            ticket: of the batch.
+            training: whether the pass is going to be trained, in the pending step.
+            shape: of its token ids.
+
+        Returns:
+            None: there is no such window, or it is for another step, only read but to be trained
+            or the other way round, or of another shape.
         """
+        step = self.step if training else None
+        if self.arrivals is not None:
+            self.arrivals.claimed(ticket, step)
         window = self._ahead.get(ticket)
-        if window is None or window.closed:
-            raise ProtocolError(
-                f"no window is open under ticket {ticket}; was its batch used after commit(), "
-                "or made by another look_ahead()?"
-            )
-        return window
+        if window is not None and not window.closed:
+            if window.step == step and self._shapes.get(ticket) == shape:
+                return window
+            self.abandon([ticket])
+        self.announced_again += 1
+        return None
+
+    def prefetch(self, window: WindowRows, gates: Mapping[int, nn.Module]) -> None:
+        """A forward pass begins: rows of its layers go to their GPUs. Waits for nothing."""
+        with self._commit_first():
+            for layer, gate in gates.items():
+                device = next(gate.parameters()).device
+                if self._copies.path(device) is not None:
+                    window.prefetch(layer, device)
 
     def lookup(
         self, window: WindowRows, layer: int, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
         """See `WindowRows.lookup`."""
+        self._check_process()
         with self._commit_first():
             return window.lookup(layer, device, dtype)
 
@@ -157,9 +226,12 @@ class OpenWindows:
 
     def push(self) -> None:
         """Hand the pending step's gradients to the store. Raises: what `Window.push` raises."""
+        self._check_process()
         if self._zero_table:
             return
         self._end_commit()
+        if self.arrivals is not None:
+            self.arrivals.end_step(self.step)
         with self._commit_first():
             for window in self._of_step(self.step):
                 for block in window.push():
@@ -169,9 +241,14 @@ class OpenWindows:
                     self._zero_gradients += not (block[:64].any() or block.any())
 
     def gradient_norm(self) -> float:
-        """Of the pending step's pushed gradients; 0 in the control arm."""
+        """Of the pending step's pushed gradients, the mean over ranks; 0 in the control arm.
+
+        A call of all ranks.
+        """
         self.finish_commit()
-        return 0.0 if self._zero_table else self._session.gradient_norm()
+        if self._zero_table:
+            return 0.0
+        return self._session.gradient_norm() / self._session.world_size
 
     def commit(
         self,
@@ -196,8 +273,11 @@ class OpenWindows:
         if step == self.step:
             self.push()
         self.finish_commit()
+        for window in self._of_step(step):
+            window.settle()  # the commit gives their memory to others
         call = self._session.commit if wait else self._session.begin_commit
-        scale = gradient_scale * self.clip_scale
+        # The store sums over ranks; dense gradients are averaged by DDP.
+        scale = gradient_scale * self.clip_scale / self._session.world_size
         done = call(step, lr, gradient_scale=scale, eps=eps, betas=betas)
         if isinstance(done, Applied):
             self._close_step(step)
@@ -205,6 +285,7 @@ class OpenWindows:
             return done
         # Its windows are closed when it is done: the store still reads from them.
         self._begun = _Begun(step, done, self.clip_scale)
+        self._copies.commit = done
         self._count_step()
         return None
 
@@ -215,11 +296,12 @@ class OpenWindows:
 
     def finish_commit(self) -> Applied | None:
         """Wait for a commit that was begun. Raises, once: what it raised."""
+        self._check_process()
         begun = self._begun
         if begun is None:
             return None
         error = begun.applied.exception()
-        self._begun = None
+        self._begun = self._copies.commit = None
         if error is not None:
             self._take_back(begun)
             raise error
@@ -281,7 +363,12 @@ class OpenWindows:
         return Applied(step=step, rows=dict.fromkeys(self._session.tables, 0), skipped_rows={})
 
     def close_all(self) -> None:
-        """Give every window back, once no commit is under way. Raises: see `finish_commit`."""
+        """Give every window back, once no commit is under way. Raises: see `finish_commit`.
+
+        In a forked child nothing happens: the windows are the parent's.
+        """
+        if os.getpid() != self._process:
+            return
         try:
             self.finish_commit()
         finally:
@@ -291,6 +378,17 @@ class OpenWindows:
         for window in (*self._training, *self._ahead.values()):
             self._retire(window)
         self._forget_closed()
+        self._copies.drain()
+
+    def settle(self) -> None:
+        """Wait until no copy to or from a GPU uses memory of the session."""
+        for window in (*self._training, *self._ahead.values()):
+            window.settle()
+        self._copies.drain()
+
+    def transfers(self) -> Transfers:
+        """See `Transfers`."""
+        return self._copies.transfers()
 
     def guards(self) -> Guards:
         """See `Guards`."""
@@ -316,6 +414,7 @@ class OpenWindows:
     def _forget_closed(self) -> None:
         self._training = [w for w in self._training if not w.closed]
         self._ahead = {t: w for t, w in self._ahead.items() if not w.closed}
+        self._shapes = {t: shape for t, shape in self._shapes.items() if t in self._ahead}
 
 
 def checked_accumulation(accumulate: int, depth: int) -> None:

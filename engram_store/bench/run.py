@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from engram_store.bench.cold import bench_cold
+from engram_store.bench.gpu import bench_gpu, require_gpu
+from engram_store.bench.gpu_place import GpuWorkload
 from engram_store.bench.growth import bench_growth
 from engram_store.bench.harness import (
     ColdWorkload,
@@ -67,6 +69,7 @@ BENCHES = {
     "cold": Bench(bench_cold, ColdWorkload),
     "hitrate": Bench(bench_hitrate, HitrateWorkload),
     "train": Bench(bench_train, TrainWorkload, require_train),
+    "train-cuda": Bench(bench_gpu, GpuWorkload, require_gpu),
 }
 """By the name of the command."""
 

@@ -158,7 +158,7 @@ class StoreLine:
         self._session, self._wait = session, wait
         self._before = self._rows_of_first()
         self._model = TinyModel(place)
-        self._memory: Memory = attach(self._model, session, train_base=True, hidden_size=HIDDEN)
+        self._memory: Memory = attach(self._model, session, mode="full", hidden_size=HIDDEN)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=_DENSE_RATE)
         batches = ({"input_ids": torch.from_numpy(step.tokens)} for step in place.endlessly())
         self._batches: Iterator[Any] = iter(self._memory.look_ahead(batches, depth))

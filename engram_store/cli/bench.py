@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from engram_store.errors import ConfigError
+
 if TYPE_CHECKING:
     from engram_store.bench import Workload
 
@@ -26,6 +28,7 @@ _Directory = Annotated[
 _Quick = Annotated[bool, typer.Option(help="Small sizes, whatever else is given.")]
 _Peers = Annotated[bool, typer.Option(help="Compare with other software that is installed.")]
 _ROWS, _TOKENS, _STEPS = 16_700_000, 16_384, 40
+_TRAIN_ROWS, _CARD_ROWS, _CARD_TOKENS = 8_200_000, 19_600_000, 2_048
 _QUICK_ROWS, _QUICK_TOKENS, _QUICK_STEPS = 1_000_000, 2_048, 10
 
 
@@ -151,9 +154,29 @@ def growth(
 def train(
     json: _Json = False,
     plot: _Plot = None,
-    rows: Annotated[int, typer.Option(help="Rows of the table that fits into memory.")] = 8_200_000,
-    tokens: _Tokens = _TOKENS,
+    device: Annotated[
+        str, typer.Option(help="cpu: a small model. cuda: one of 4 billion parameters on a card.")
+    ] = "cpu",
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            help="Rows of the table that fits into memory (8,200,000); on a card of each table "
+            "(19,600,000, which are 2.5 GB)."
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a step (16,384; on a card 2,048).")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Timed steps of every line.")] = _STEPS,
+    tables: Annotated[int, typer.Option(help="On a card: tables, each before a block.")] = 4,
+    sequence: Annotated[int, typer.Option(help="On a card: tokens of a sequence.")] = 2_048,
+    vram_gib: Annotated[
+        float, typer.Option(help="On a card: GiB of its memory that may be used.")
+    ] = 24.0,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="On a card: file for a profiler's trace of three steps (.json)."),
+    ] = None,
     limited_rows: Annotated[
         int, typer.Option(help="Rows of the table that is four times the memory limit.")
     ] = 44_000_000,
@@ -166,7 +189,14 @@ def train(
     quick: _Quick = False,
     directory: _Directory = None,
 ) -> None:
-    """Tokens a second of a small model on the CPU, beside rows in memory and no table at all."""
+    """Tokens a second of a model, beside rows in memory and no table at all."""
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"bench train runs on 'cpu' or 'cuda', not on {device!r}")
+    if device == "cuda":
+        sizes = (rows or _CARD_ROWS, tokens or _CARD_TOKENS, steps)
+        _train_on_card(json, plot, sizes, tables, sequence, vram_gib, trace, directory)
+        return
+    rows, tokens = rows or _TRAIN_ROWS, tokens or _TOKENS
     # Before torch is loaded: its threads spin while they wait, on the cores that a store works on.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from engram_store.bench.train_place import TrainWorkload
@@ -184,6 +214,31 @@ def train(
         limited_steps=limited_steps,
     )
     _measure("train", json, plot, workload, directory)
+
+
+def _train_on_card(
+    as_json: bool,
+    plot: Path | None,
+    sizes: tuple[int, int, int],
+    tables: int,
+    sequence: int,
+    vram_gib: float,
+    trace: Path | None,
+    directory: Path | None,
+) -> None:
+    from engram_store.bench.gpu_place import GpuWorkload
+
+    rows, tokens, steps = sizes
+    workload = GpuWorkload(
+        rows=rows,
+        tokens=tokens,
+        repetitions=steps,
+        tables=tables,
+        sequence=sequence,
+        vram_bytes=int(vram_gib * 2**30),
+        trace=trace,
+    )
+    _measure("train-cuda", as_json, plot, workload, directory)
 
 
 @bench.command()

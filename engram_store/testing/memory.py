@@ -100,6 +100,11 @@ class MemoryWindow:
             lookup.rows = self.session.contents[layer].rows[lookup.unique]
         return lookup.rows, lookup.inverse
 
+    def ready(self, layer: int) -> bool:
+        """See `session.Window.ready`: nothing is waited for here."""
+        self._lookup(layer)
+        return self.step is None or self.step <= self.session.step
+
     def missing(self) -> set[int]:
         """Layers that were read and got no gradient; all of them if the window was not used."""
         pushed = {layer for layer, lookup in self.lookups.items() if lookup.gradient is not None}
@@ -199,6 +204,11 @@ class MemorySession:
     def durable_step(self) -> int:
         """See `session.Session.durable_step`."""
         return max(self._snapshots, default=0)
+
+    @property
+    def world_size(self) -> int:
+        """Always 1; ranks train together through a store process."""
+        return 1
 
     def announce(
         self,

@@ -365,6 +365,27 @@ def test_bfloat16_gradients_are_their_float32_values(make: Make, tokens: TokenId
     np.testing.assert_array_equal(seen(narrow, tokens), seen(wide, tokens))
 
 
+def test_a_window_tells_when_its_rows_come_without_waiting(
+    session: Session, tokens: TokenIds
+) -> None:
+    """Those of a later step are not there before it; asking begins and reads nothing."""
+    now, later = session.announce(tokens, 0), session.announce(tokens, 1)
+    for layer in session.tables:
+        assert not later.ready(layer)
+        now.rows(layer)
+        assert now.ready(layer)
+    push_ones(session, now)
+    session.commit(0, 0.1)
+    for layer in session.tables:
+        later.rows(layer)
+        assert later.ready(layer)
+    with pytest.raises(UnknownLayerError):
+        later.ready(99)
+    later.close()
+    with pytest.raises(WindowClosedError):
+        later.ready(1)
+
+
 @pytest.mark.parametrize("ahead", [0, 1, 4])
 def test_look_ahead_changes_nothing(both: MakeBoth, ahead: int) -> None:
     """A window announced early reads rows only after all earlier steps, and they are the same."""

@@ -94,9 +94,9 @@ def test_only_the_gates_train_unless_the_base_is_asked_for(session: MemorySessio
     model = llama()
     memory = attach(model, session)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trainable == {f"engram_memory.{n}" for n, _ in memory.gates.named_parameters()}
+    assert trainable == {f"engram_memory.default.{n}" for n, _ in memory.gates.named_parameters()}
 
-    memory.unfreeze_base()
+    memory.set_mode("full")
 
     assert all(p.requires_grad for p in model.parameters())
 

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from engram_store_client.rates import TABLE_LR_FACTOR
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
@@ -38,7 +40,7 @@ class Settings:
     steps: int = 300
     lr: float = 5e-3
     """Of the gates."""
-    table_factor: float = 5.0
+    table_factor: float = TABLE_LR_FACTOR
     """Tables learn at this multiple of `lr`, as in the Engram paper."""
     optimizer: str = "adam"
     """Of the tables. docs/demo.md has the figures of the others."""

@@ -5,6 +5,7 @@ from typing import Any, cast
 
 from engram_store.session import Session, Window
 from engram_store.types import Inverse, RowBlock, TokenIds
+from engram_store_client.devices.host_memory import assign, host_memory_of
 
 
 class RowWaits:
@@ -16,7 +17,11 @@ class RowWaits:
 
     def measured(self, session: Session) -> Session:
         """The session, with windows that are measured."""
-        return cast("Session", _MeasuredSession(session, self))
+        measured = _MeasuredSession(session, self)
+        memory = host_memory_of(session)
+        if memory is not None:
+            assign(measured, memory)  # its rows are those of the session
+        return cast("Session", measured)
 
     def add(self, seconds: float) -> None:
         """One wait."""

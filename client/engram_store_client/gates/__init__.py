@@ -1,7 +1,7 @@
 """The published gates: one module each, the pieces that they share in `parts`."""
 
 from engram_store_client.gates.base import Gate
-from engram_store_client.gates.config import GateConfig, GateKind
+from engram_store_client.gates.config import GateConfig, GateInit, GateKind
 from engram_store_client.gates.deepseek_v41 import DeepSeekV41Gate
 from engram_store_client.gates.engram import EngramGate
 from engram_store_client.gates.engram_peft import EngramPeftGate
@@ -15,6 +15,7 @@ __all__ = [
     "EngramPeftGate",
     "Gate",
     "GateConfig",
+    "GateInit",
     "GateKind",
     "QwenPleGate",
     "build_gate",

@@ -1,12 +1,16 @@
 """What every gate offers."""
 
+import math
 from abc import abstractmethod
 
 from torch import Tensor, nn
 
 from engram_store.errors import ShapeError
-from engram_store_client.gates.config import GateConfig
-from engram_store_client.gates.parts import ConvCarry, split_streams
+from engram_store_client.gates.config import GateConfig, GateInit
+from engram_store_client.gates.parts import ConvCarry, Projection, ShortConv, split_streams
+
+_QWEN_STD = 0.02
+"""`initializer_range` of transformers' qwen4_exp."""
 
 
 class Gate(nn.Module):
@@ -50,6 +54,20 @@ class Gate(nn.Module):
     def streams_of(self, hidden: Tensor) -> Tensor:
         """View hidden states as [B, T, M, D]. Raises: ShapeError."""
         return split_streams(hidden, self.config.streams, self.config.hidden_size)
+
+    def initialise(self) -> None:
+        """Start the parameters as the configuration says; subclasses call it once they are made."""
+        for module in self.modules():
+            if isinstance(module, ShortConv) and self.config.init is GateInit.DEMO:
+                nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))  # torch's Conv1d
+            if isinstance(module, Projection) and self.config.init is GateInit.QWEN_PLE:
+                nn.init.normal_(module.weight, std=_QWEN_STD)
+        if self.config.identity_init:
+            self.zero_value()
+
+    @abstractmethod
+    def zero_value(self) -> None:
+        """Make the gated value zero whatever the rows are."""
 
     @abstractmethod
     def residual(

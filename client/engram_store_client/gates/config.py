@@ -22,6 +22,18 @@ class GateKind(enum.StrEnum):
     """Qwen3.8-Flash-Next's per-layer embeddings."""
 
 
+class GateInit(enum.StrEnum):
+    """How published models start their gates. Rows start as the store was created."""
+
+    PAPER = "paper"
+    """Convolution at zero, projections as torch starts a linear layer: the Engram paper, Megatron,
+    TinyEngram; engram-peft together with `identity_init`."""
+    DEMO = "demo"
+    """The convolution as torch starts one too: the official demo."""
+    QWEN_PLE = "qwen3.8-ple"
+    """Convolution at zero, projections normal with a deviation of 0.02: transformers' qwen4_exp."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GateConfig:
     """Shapes and options of one layer's gate. Stored in checkpoints."""
@@ -42,12 +54,19 @@ class GateConfig:
     """Distance of the convolution's taps in tokens; published: the largest n-gram order."""
     norm_eps: float | None = None
     """Of the key and query norms. None: what the gate's publication uses."""
+    init: GateInit = GateInit.PAPER
+    """How it starts."""
     identity_init: bool = False
     """Start with a value projection of zero, so that attaching changes no output bit whatever
     the rows. Rows then get their first gradient in the second step; rows that are all zero never
     do. Over all-zero rows a gate is the identity without it, as in the paper."""
 
     def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "init", GateInit(self.init))
+        except ValueError:
+            known = ", ".join(GateInit)
+            raise ConfigError(f"unknown init {self.init!r}; there are {known}") from None
         for name in ("hidden_size", "row_width", "streams", "kernel_size", "dilation"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -61,7 +80,7 @@ class GateConfig:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON types; `from_json` reads it back."""
-        return {**asdict(self), "kind": str(self.kind)}
+        return {**asdict(self), "kind": str(self.kind), "init": str(self.init)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from engram_store_client.gates.base import Gate
 from engram_store_client.gates.config import GateConfig
-from engram_store_client.gates.parts import ConvCarry, masked, signed_sqrt_sigmoid
+from engram_store_client.gates.parts import ConvCarry, Projection, masked, signed_sqrt_sigmoid
 
 _EPS = 1e-6
 
@@ -24,12 +24,15 @@ class DeepSeekV41Gate(Gate):
         super().__init__(config)
         streams, size = config.streams, config.hidden_size
         self.eps = _EPS if config.norm_eps is None else config.norm_eps
-        self.key_value = nn.Linear(config.row_width, (streams + 1) * size, bias=False)
+        self.key_value = Projection(config.row_width, (streams + 1) * size, bias=False)
         self.query_weight = nn.Parameter(torch.ones(streams, size))
         self.key_weight = nn.Parameter(torch.ones(streams, size))
-        if config.identity_init:
-            with torch.no_grad():
-                self.key_value.weight[streams * size :] = 0
+        self.initialise()
+
+    def zero_value(self) -> None:
+        """See `Gate`."""
+        with torch.no_grad():
+            self.key_value.weight[self.config.streams * self.config.hidden_size :] = 0
 
     def residual(
         self,

@@ -13,8 +13,7 @@ class EngramGate(Gate):
     """y = u + SiLU(conv(norm(u))) with u = gate * value.
 
     Source: Engram paper (arXiv:2601.07372), section 2.3, and the arithmetic of the official
-    demo: norms of keys and queries use the dtype's machine epsilon. The convolution starts at
-    zero as in the paper (the demo leaves torch's default).
+    demo: norms of keys and queries use the dtype's machine epsilon. How it starts: `GateInit`.
     """
 
     def __init__(self, config: GateConfig) -> None:
@@ -35,8 +34,11 @@ class EngramGate(Gate):
                 dilation=config.dilation,
                 eps=_CONV_EPS,
             )
-        if config.identity_init:
-            self.gated.zero_value()
+        self.initialise()
+
+    def zero_value(self) -> None:
+        """See `Gate`."""
+        self.gated.zero_value()
 
     def residual(
         self, rows: Tensor, streams: Tensor, mask: Tensor | None, carry: ConvCarry | None

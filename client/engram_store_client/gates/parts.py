@@ -52,6 +52,27 @@ def signed_sqrt_sigmoid(score: Tensor, *, zero_is_positive: bool = False) -> Ten
     return torch.sigmoid(signed)
 
 
+class Projection(nn.Module):
+    """A linear map, started as `torch.nn.Linear` is.
+
+    It is no `nn.Linear`, so that nothing that goes by that type (LoRA on all linear layers,
+    quantisation) takes it for one of the model's. For the same reason its bias has another name:
+    peft saves all that are called `bias` when it trains biases.
+    """
+
+    def __init__(self, width: int, size: int, *, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, width))
+        self.linear_bias = nn.Parameter(torch.empty(size)) if bias else None
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.linear_bias is not None:
+            nn.init.uniform_(self.linear_bias, -1 / math.sqrt(width), 1 / math.sqrt(width))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """[..., width] -> [..., size]."""
+        return F.linear(rows, self.weight, self.linear_bias)
+
+
 class StreamNorm(nn.Module):
     """RMSNorm over D with one weight vector per stream."""
 
@@ -98,8 +119,8 @@ class GatedValue(nn.Module):
     ) -> None:
         super().__init__()
         self.streams, self.hidden_size = streams, hidden_size
-        self.key = nn.Linear(row_width, streams * hidden_size, bias=bias)
-        self.value = nn.Linear(row_width, hidden_size, bias=bias)
+        self.key = Projection(row_width, streams * hidden_size, bias=bias)
+        self.value = Projection(row_width, hidden_size, bias=bias)
         self.key_norm = StreamNorm(streams, hidden_size, eps, unit_offset=unit_offset)
         self.query_norm = StreamNorm(streams, hidden_size, eps, unit_offset=unit_offset)
 

@@ -27,8 +27,8 @@ def from_demo(weights: Weights) -> State:
         "conv.weight": _get(weights, "short_conv.conv.weight"),
     }
     if "value_proj.bias" in weights:
-        state["gated.key.bias"] = _rows_of(weights, "key_projs.{}.bias")
-        state["gated.value.bias"] = weights["value_proj.bias"]
+        state["gated.key.linear_bias"] = _rows_of(weights, "key_projs.{}.bias")
+        state["gated.value.linear_bias"] = weights["value_proj.bias"]
     return state
 
 

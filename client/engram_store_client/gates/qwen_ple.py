@@ -35,8 +35,11 @@ class QwenPleGate(Gate):
             eps=eps,
             unit_offset=True,
         )
-        if config.identity_init:
-            self.gated.zero_value()
+        self.initialise()
+
+    def zero_value(self) -> None:
+        """See `Gate`."""
+        self.gated.zero_value()
 
     def residual(
         self, rows: Tensor, streams: Tensor, mask: Tensor | None, carry: ConvCarry | None

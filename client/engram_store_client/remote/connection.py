@@ -31,6 +31,7 @@ from engram_store.reuse import ReusedMemory
 from engram_store.slots import slot_door
 from engram_store.types import GradientBlock
 from engram_store.v1 import store_pb2 as pb
+from engram_store_client.devices.host_memory import HostMemory
 from engram_store_client.remote.expected import check_answer
 from engram_store_client.remote.incoming import WantedRows
 from engram_store_client.remote.options import RemoteOptions
@@ -74,6 +75,8 @@ class Connection:
         self._hello, self._options = hello, options
         self._on_answer = on_answer
         self._memory = ReusedMemory(_KEPT_BYTES)
+        self.shared = HostMemory()
+        """Slots of all streams."""
         self._process = os.getpid()
         self._numbers = itertools.count(1)
         # Guards the journal, the current stream, and that both agree on the order of requests.
@@ -325,7 +328,7 @@ class Connection:
             door = slot_door(Path(self._address.removeprefix("unix:")))
             try:
                 stream.slots = TrainerSlots(
-                    str(door), welcome.slot_token, partial(self._deliver, stream)
+                    str(door), welcome.slot_token, partial(self._deliver, stream), self.shared
                 )
             except OSError:
                 # A store in a container whose sockets, but not whose door, are mounted here.

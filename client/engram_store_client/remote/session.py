@@ -5,7 +5,7 @@ import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import grpc
 import numpy as np
@@ -28,6 +28,7 @@ from engram_store.session import Applied, SnapshotRef
 from engram_store.stats import StoreStats
 from engram_store.types import TableSpec, TokenIds
 from engram_store.v1 import store_pb2 as pb
+from engram_store_client.devices.host_memory import assign
 from engram_store_client.remote.committing import Commits
 from engram_store_client.remote.connection import Connection
 from engram_store_client.remote.credentials import ClientTls
@@ -41,7 +42,11 @@ from engram_store_client.remote.options import RemoteOptions
 from engram_store_client.remote.pending import Pending
 from engram_store_client.remote.statistics import fetch_statistics
 from engram_store_client.remote.stream import Stream, open_channel
+from engram_store_client.remote.waiting import Waiting
 from engram_store_client.remote.window import RemoteWindow
+
+if TYPE_CHECKING:
+    from engram_store_client.remote.administration import Administration
 
 Mode = Literal["read", "train"]
 _NOTICE_SECONDS = 1.0
@@ -103,7 +108,9 @@ class RemoteSession:
         except EngramStoreError:
             self.connection.close()
             raise
+        assign(self, self.connection.shared)
         self.commits = Commits(self.connection, self._tables, self._take_back)
+        self.waiting = Waiting(self._tables)
         self._credit = Credit[RemoteWindow](self.connection.welcome.credits, RemoteWindow.send)
 
     def _open_stream(self, hello: pb.SessionRequest, *callbacks: Any) -> Stream:
@@ -147,6 +154,11 @@ class RemoteSession:
     def durable_step(self) -> int:
         """See `session.Session.durable_step`; as far as this session was told."""
         return self.connection.durable_step
+
+    @property
+    def world_size(self) -> int:
+        """See `session.Session.world_size`."""
+        return self._options.world_size
 
     def _check_trains(self, *, alone: bool = False) -> None:
         """For calls that write; `alone` waits for a commit under way.
@@ -384,17 +396,38 @@ class RemoteSession:
         self.connection.result(request, f"restore {snapshot}", works=True)
 
     def stats(self) -> StoreStats:
-        """See `session.Session.stats`: of the store, whoever used it."""
+        """See `session.Session.stats`: of the store, whoever used it, but for waits.
+
+        `waits`, `wait_seconds` and `late_windows` are of this session: how long its rows took to
+        come, and how often a training window's rows had not come when they were asked for.
+        """
         self.connection.check()
         self.commits.settle()
         while True:
             self.connection.settle()
             stream = self.connection.current_stream()
             try:
-                return fetch_statistics(stream.stub, self._address, self._options)
+                stats = fetch_statistics(stream.stub, self._address, self._options)
+                return self.waiting.put_into(stats)
             except StoreUnreachableError:
                 if not stream.ended.wait(_NOTICE_SECONDS):
                     raise
+
+    @property
+    def store_name(self) -> str:
+        """What the process calls the store; empty: it was not asked for by name."""
+        return self._options.store
+
+    def administration(self) -> "Administration":
+        """What `connect_admin` makes, with this session's certificates; the caller closes it.
+
+        Raises: ConfigError: the session has channel credentials instead of certificate files.
+        """
+        from engram_store_client.remote.administration import Administration
+
+        if self._credentials is not None and not isinstance(self._credentials, ClientTls):
+            raise ConfigError("channel credentials are of one session only; use connect_admin")
+        return Administration(self._address, tls=self._credentials)
 
     def close(self) -> None:
         """Leave the store, which stays open for others, after a commit that is under way.

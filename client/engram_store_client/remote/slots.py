@@ -14,6 +14,7 @@ from engram_store.engine.lookup import SlotPool
 from engram_store.errors import ProtocolError
 from engram_store.slots import SlotExchange
 from engram_store.v1 import store_pb2 as pb
+from engram_store_client.devices.host_memory import HostMemory
 
 _INLINE_BYTES = 16 << 10
 _LIMIT_BYTES = 1 << 40
@@ -24,7 +25,11 @@ class TrainerSlots:
     """Slots of one connection: the store's, mapped here, and our own, mapped there."""
 
     def __init__(
-        self, path: str, token: bytes, on_response: Callable[[pb.SessionResponse], None]
+        self,
+        path: str,
+        token: bytes,
+        on_response: Callable[[pb.SessionResponse], None],
+        memory: HostMemory,
     ) -> None:
         """Fetch the session's shared memory at the store's door.
 
@@ -32,6 +37,7 @@ class TrainerSlots:
             path: of the slot socket.
             token: from Welcome.
             on_response: gets what the store answers through this socket, on its thread.
+            memory: told of every slot, so that a GPU can copy from there and to there.
 
         Raises:
             OSError: the door is closed; rows must travel in messages.
@@ -44,7 +50,7 @@ class TrainerSlots:
             channel.close()
             raise
         self._on_response = on_response
-        self.exchange = SlotExchange(_LIMIT_BYTES, self._take)
+        self.exchange = SlotExchange(_LIMIT_BYTES, self._take, memory.add)
         self.exchange.attach(channel)
         self.view = self.exchange.view
         self._pool = SlotPool(self.exchange.allocate, self.exchange.fill)

@@ -1,5 +1,6 @@
 """A window of a store in another process."""
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
@@ -137,9 +138,18 @@ class RemoteWindow:
         self._check(layer)
         if self.step is not None and not self.session.may_read(self.step):
             raise StepGapError(self.step, self.session.step)
+        began, there = time.perf_counter(), self.ready(layer)
         received = self._receive(layer)
+        if layer not in self._used:
+            late = self.step is not None and not there
+            self.session.waiting.count(layer, time.perf_counter() - began, late=late)
         self._used.add(layer)
         return received.rows, received.inverse
+
+    def ready(self, layer: int) -> bool:
+        """See `session.Window.ready`."""
+        self._check(layer)
+        return layer in self._asked and self._asked[layer].answer.done()
 
     def got_rows(self) -> bool:
         """Whether the store has sent rows of any layer."""

@@ -24,7 +24,7 @@ def _check_checkpoint(data: bytes) -> None:
         pass
     file = len(header).to_bytes(8, "little") + header + content
     Path(checkpoint.DENSE_FILE).write_bytes(file)
-    found = checkpoint.read(Path(), {})
+    found = checkpoint.read(Path())
     assert isinstance(found.step, int)
     assert isinstance(found.snapshot.store_id, str), "the snapshot's store is no text"
     assert isinstance(found.snapshot.step, int), "the snapshot's step is no number"
@@ -32,7 +32,16 @@ def _check_checkpoint(data: bytes) -> None:
 
 def _checkpoints() -> Iterator[bytes]:
     store = {"store_id": "ab" * 16, "step": 7, "digest": "cd" * 32}
-    config = {"version": 1, "step": 7, "store": store, "gates": {}}
+    config = {
+        "version": 1,
+        "name": "default",
+        "step": 7,
+        "store": store,
+        "tables": {"exported": None, "location": "/store"},
+        "gates": {},
+        "fingerprint": "",
+        "recipe": {},
+    }
     yield SEPARATOR.join((json.dumps(config).encode(), _TENSOR, bytes(8)))
     gate = {"kind": "engram", "hidden_size": 8, "row_width": 4}
     other = {**config, "gates": {"1": gate}}

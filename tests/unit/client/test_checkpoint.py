@@ -55,6 +55,7 @@ def test_a_checkpoint_brings_back_gates_tables_and_step(tmp_path: Path) -> None:
         assert torch.equal(tensor, saved[name])
     train_a_step(model, memory, seed=8)
     assert {p.name for p in tmp_path.iterdir()} == {
+        "README.md",
         "engram_config.json",
         "engram_dense.safetensors",
     }
@@ -109,7 +110,17 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ForeignFileError):
             memory.load(tmp_path)
     fine = {"store_id": "ab" * 16, "step": 7, "digest": "cd" * 32}
-    described = {"version": 1, "step": 7, "store": fine, "gates": {}}
+    tables = {"exported": None, "location": None}
+    described = {
+        "version": 1,
+        "name": "default",
+        "step": 7,
+        "store": fine,
+        "tables": tables,
+        "gates": {},
+        "fingerprint": "",
+        "recipe": {},
+    }
     changes: tuple[dict[str, object], ...] = (
         {"step": "seven"},
         {"step": 7.0},
@@ -118,12 +129,22 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         {"store": {**fine, "store_id": 5}},
         {"store": {**fine, "step": True}},
         {"store": {**fine, "digest": None}},
+        {"name": None},
+        {"tables": {"exported": None}},
+        {"tables": {**tables, "exported": "../elsewhere"}},
+        {"tables": {**tables, "exported": "/elsewhere"}},
+        {"tables": {**tables, "location": 3}},
+        {"gates": {"one": {"hidden_size": 1, "row_width": 1, "kind": "engram"}}},
+        {"recipe": 5},
     )
     texts = [json.dumps({**described, **change}) for change in changes]
     for text in (*texts, "[" * 5_000, "[]"):
         save_file({"x": torch.zeros(1)}, path, {"engram_config": text})
         with pytest.raises(ForeignFileError, match="save_pretrained"):
             memory.load(tmp_path)
+    save_file({"x": torch.zeros(1)}, path, {"engram_config": json.dumps(described)})
+    with pytest.raises(ConfigError, match="was made for"):  # that one could be read
+        memory.load(tmp_path)
     save_file({"x": torch.zeros(1)}, path, {"engram_config": '{"version": 2}'})
     with pytest.raises(UnknownVersionError, match="format 2"):
         memory.load(tmp_path)

@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from engram_store.errors import (
-    ProtocolError,
-)
+from engram_store.errors import ProtocolError, WindowClosedError
 from engram_store_client import Memory, attach
 from tests.unit.client.tiny import (
     llama,
@@ -72,6 +70,58 @@ def test_generation_with_and_without_cache_agree(decoder: tuple[Any, Memory], be
     cached = model.generate(tokens, use_cache=True, **settings)
 
     assert torch.equal(cached, model.generate(tokens, use_cache=False, **settings))
+
+
+def test_a_prompt_in_chunks_of_generate(decoder: tuple[Any, Memory]) -> None:
+    model, _ = decoder
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    whole = model.generate(make_tokens(), **settings)
+    chunks = model.generate(make_tokens(), prefill_chunk_size=4, **settings)
+    assert torch.equal(chunks, whole)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_looking_one_token_ahead_changes_nothing(
+    decoder: tuple[Any, Memory], monkeypatch: pytest.MonkeyPatch, beams: int
+) -> None:
+    """Each token is announced once, and nothing stays open; beams are announced in vain."""
+    model, memory = decoder
+    announced = []
+    announce = memory.session.announce
+
+    def counting(tokens: Any, step: Any = None, **options: Any) -> Any:
+        announced.append(announce(tokens, step, **options))
+        return announced[-1]
+
+    monkeypatch.setattr(memory.session, "announce", counting)
+    settings = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "num_beams": beams,
+        "pad_token_id": 0,
+        "attention_mask": torch.ones_like(make_tokens()),
+    }
+    plain = model.generate(make_tokens(), **settings)
+    passes = len(announced)
+    ahead = model.generate(make_tokens(), stopping_criteria=[memory.next_token()], **settings)
+    assert torch.equal(ahead, plain)
+    if beams == 1:
+        assert len(announced) == 2 * passes + 1  # the last token is not looked up any more
+    memory.reader.forget_next()
+    for window in announced:
+        with pytest.raises(WindowClosedError):
+            window.rows(0)
+
+
+def test_a_guess_that_was_wrong_is_given_back(decoder: tuple[Any, Memory]) -> None:
+    """Sampling goes on with other tokens than were announced."""
+    model, memory = decoder
+    tokens = make_tokens()
+    expected = model(tokens).logits[:, -1]
+    cache = model(tokens[:, :-1], use_cache=True).past_key_values
+    memory.reader.announce_next((tokens[:, -1:] + 1) % 50)
+    logits = model(tokens[:, -1:], past_key_values=cache).logits[:, -1]
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_cache_the_memory_did_not_follow_is_refused(decoder: tuple[Any, Memory]) -> None:

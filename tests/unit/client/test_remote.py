@@ -364,3 +364,23 @@ def test_a_request_is_answered_once() -> None:
     pending = Pending(request=Any, window=None)  # type: ignore[arg-type]
     assert pending.settle(ProtocolError("first"))
     assert not pending.settle(ProtocolError("second"))
+
+
+def test_waits_are_those_of_the_session_that_waited(address: str) -> None:
+    """The store sends rows when it has them; only who asks for them knows whether that was late."""
+    rng = np.random.default_rng(0)
+    with connect(address) as trainer, connect(address, "read") as reader:
+        for _ in range(3):
+            with reader.announce(random_tokens(rng)) as window:
+                window.rows(1)
+                window.rows(1)  # they are there: no second wait
+        window = trainer.announce(random_tokens(rng), 0)
+        for layer in trainer.tables:
+            window.rows(layer)
+        read, trained = reader.stats(), trainer.stats()
+    assert sum(read.waits.counts) == sum(read.tables[1].waits.counts) == 3
+    assert read.late_windows == 0
+    assert read.wait_seconds == read.waits.seconds > 0
+    assert sum(trained.waits.counts) == len(trained.tables)
+    assert [sum(table.waits.counts) for table in trained.tables.values()] == [1, 1]
+    assert trained.late_windows <= len(trained.tables)

@@ -34,6 +34,9 @@ class FakeWindow:
     def rows(self, layer: int) -> tuple[RowBlock, Inverse]:
         return self.block, self.inverse
 
+    def ready(self, layer: int) -> bool:
+        return True
+
     def gradient_buffer(self, layer: int) -> NDArray[np.float32]:
         return np.zeros((3, 2), np.float32)
 

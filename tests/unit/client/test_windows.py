@@ -18,7 +18,6 @@ from engram_store.errors import (
     InputError,
     MissingGradientError,
     ProtocolError,
-    ShapeError,
 )
 from engram_store.session import Applied
 from engram_store.testing import MemorySession
@@ -158,7 +157,7 @@ def test_evaluation_between_the_micro_batches_of_a_step_changes_no_result() -> N
 
 
 def test_a_ticket_is_taken_by_the_pass_it_came_with_only() -> None:
-    """A failed pass does not leave its ticket to the next one; a used-up one is refused."""
+    """A failed pass does not leave its ticket to the next one; a used-up one says nothing."""
     model, session = llama(), make_session()
     memory = attach(model, session)
     (batch,) = memory.look_ahead([{"input_ids": make_tokens()}])
@@ -168,8 +167,10 @@ def test_a_ticket_is_taken_by_the_pass_it_came_with_only() -> None:
     loss_of_batch(model, batch).backward()
     memory.commit(0, lr=0.1)
 
-    with pytest.raises(ProtocolError, match="ticket"):
-        model(**batch)
+    assert memory.reader.windows.announced_again == 0
+    loss_of_batch(model, batch).backward()  # announced on the spot, for the step it is in now
+    assert memory.reader.windows.announced_again == 1
+    memory.commit(1, lr=0.1)
     with pytest.raises(InputError, match="token id"):
         model(inputs_embeds=torch.zeros(2, 9, 32))
     with pytest.raises(ProtocolError, match="outside of the model's forward pass"):
@@ -188,14 +189,15 @@ def test_a_layer_that_runs_alone_is_never_given_the_rows_of_some_window() -> Non
     sum(passes).backward()
 
 
-def test_a_batch_of_another_shape_than_its_window_is_refused() -> None:
-    """Rows are never matched with other tokens by broadcasting."""
-    model = llama()
-    memory = attach(model, make_session())
-    (batch,) = memory.look_ahead([{"input_ids": make_tokens(time=9)}])
+def test_a_batch_of_another_shape_than_its_window_gets_its_own() -> None:
+    """Rows are never matched with other tokens by broadcasting, and no window is left over."""
+    shorter = make_tokens()[:, :8]
 
-    with pytest.raises(ShapeError):
-        model(**{**batch, "input_ids": make_tokens(time=8)})
+    def cut(model: nn.Module, memory: Memory) -> None:
+        (batch,) = memory.look_ahead([{"input_ids": make_tokens()}])
+        loss_of_batch(model, {**batch, "input_ids": shorter}).backward()
+
+    assert_same(trained(cut), trained(lambda model, _: loss_of(model, shorter).backward()))
 
 
 @pytest.mark.parametrize("max_norm", [1e-2, 1e6])
@@ -403,9 +405,8 @@ def test_rows_that_came_to_nothing_are_not_trained() -> None:
     with pytest.raises(DiskFullError):
         memory.commit(1, lr=1.0)
     memory.commit(0, lr=1.0)
-    with pytest.raises(ProtocolError, match="ticket"):
-        loss_of_batch(model, batch)
-    loss_of(model, make_tokens(seed=0)).backward()
+    loss_of_batch(model, batch).backward()
+    assert memory.reader.windows.announced_again == 1
     memory.commit(1, lr=1.0)
     loss_of_batch(model, next(ahead)).backward()
     memory.commit(2, lr=1.0)
