@@ -55,7 +55,7 @@ bench: $(STAMP) ## Speed, cold reads, recovery and bytes written, each beside it
 	for bench in $(BENCHES); do $(BIN)/engram-store bench $$bench || exit 1; done
 
 RESULTS_DIR ?= build/results
-results: $(STAMP) ## Run the experiments of docs/results.md anew (hours; may be interrupted), and write its tables and plots
+results: $(STAMP) ## The experiments of docs/results.md anew, for hours, and its tables and plots
 	$(BIN)/python -m benchmarks.shape --records $(RESULTS_DIR)/shape.jsonl run --dir $(RESULTS_DIR)
 	cp $(RESULTS_DIR)/shape.jsonl benchmarks/results/shape.jsonl
 	$(BIN)/python -m benchmarks.shape report
