@@ -10,9 +10,9 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from engram_store.errors import ConfigError
-from engram_store_client.planning.command import plan
+from engram_store_client.commands.plan import plan
+from engram_store_client.commands.train import train
 from engram_store_client.runs import RunSettings, read_settings, template_text
-from engram_store_client.runs.command import train
 from engram_store_client.runs.settings import LoraSettings
 
 MINIMAL = """

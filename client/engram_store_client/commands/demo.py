@@ -1,4 +1,4 @@
-"""Commands that need torch; found through the entry-point group `engram_store.commands`."""
+"""`engram-store demo`: tables on disk learn this machine's own text."""
 
 import os
 import shutil
