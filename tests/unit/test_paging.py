@@ -69,16 +69,22 @@ class ColdFile:
         starts = self.address + pages.astype(np.int64) * PAGE_BYTES
         return np.stack([starts, np.full(pages.size, PAGE_BYTES)], axis=1)
 
-    def wait_for(self, pages: NDArray[np.intp]) -> None:
+    def wait_for(
+        self, pages: NDArray[np.intp], again: Callable[[NDArray[np.intp]], None] | None = None
+    ) -> None:
         """Advice only begins to read; fails if these are not in memory in the end.
 
-        The kernel may let a read go for want of memory at that moment. A few of them are read here.
+        `again` asks once more, for those alone that did not come: advice is no promise, and in one
+        run of many beside other tests some pages stayed away, which was not explained.
         """
-        with contextlib.suppress(AssertionError):
-            wait_until(lambda: bool(np.isin(pages, self.resident()).all()), seconds=20)
-        missing = np.setdiff1d(pages, self.resident())
-        assert missing.size <= pages.size // 20, f"{missing.size} of {pages.size} pages never came"
-        self.read(missing)
+        if again is not None:
+            with contextlib.suppress(AssertionError):
+                wait_until(lambda: bool(np.isin(pages, self.resident()).all()), seconds=20)
+            missing = np.setdiff1d(pages, self.resident())
+            assert missing.size <= pages.size // 20, f"{missing.size} of {pages.size} never came"
+            if missing.size:
+                again(missing)
+        wait_until(lambda: bool(np.isin(pages, self.resident()).all()))
 
     def close(self) -> None:
         os.close(self.fd)
@@ -134,7 +140,7 @@ def test_every_reader_brings_the_pages_and_few_others(cold: ColdFile, any_reader
 
     any_reader.start(cold.ranges(pages))
 
-    cold.wait_for(pages)
+    cold.wait_for(pages, again=lambda missing: any_reader.start(cold.ranges(missing)))
     assert any_reader.failed_ranges == 0
     assert cold.resident().size <= pages.size + 64
     np.testing.assert_array_equal(cold.bytes[pages * PAGE_BYTES], pages & 255)
